@@ -1,0 +1,37 @@
+"""Headrace: a streaming reverse proxy for OpenAI-compatible LLM APIs.
+
+Reading order, one line a module; imports only go upwards in this list.
+
+rules (no I/O, no clock of their own)
+    errors      what can go wrong, whose fault it is, what the caller is told
+    config      the configuration: its Structs, its defaults, its checks
+    endpoints   the allow-list of methods and paths
+    headers     which fields cross the proxy
+    peek        what a JSON body says about routing and cost
+    sse         where a stream stands: boundary, first token, terminator
+    answers     which of an upstream's answers are passed on
+resources
+    log         the request line, and a sink that never blocks
+    metrics     every metric, named once
+    tasks       the one way to start a background task
+    wire        one exchange on a pooled connection, below ClientSession
+    upstream    an upstream: address, credential, pool
+data path
+    context     what one request knows about itself
+    core        what all requests of a process share
+    intake      the body: whole, bounded, timed
+    pipe        bytes from upstream to caller
+    forward     the attempts of one request
+web
+    middleware/ request_id, observe, errors, guard
+    handlers    the routes
+    downstream  the listening side
+    admin       the admin listener
+composition
+    server      builds everything once; drains
+    cli         the commands
+beside
+    mock        the mock upstream with its faults
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,73 @@
+"""What an upstream's answer is, before a byte of it is passed on.
+
+Answers pass verbatim, with four exceptions (contract section 5): redirects, 401 and 403 (they speak of our
+credential, and may quote it), a 200 whose whole JSON is an error, and Gemini's array of errors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from proxy.errors import HeadraceError, UpstreamFailed, UpstreamInBand, UpstreamInvalid, UpstreamRefusedUs
+from proxy.headers import RawHeaders, value_of
+
+#: The members that an error document may have besides `error`.
+_AROUND_ERROR = frozenset(
+    {"error", "type", "object", "request_id", "status", "code", "message", "detail", "param"}
+)
+#: An error document starts with its error: enough to look at before parsing a whole answer.
+_LOOK_BYTES = 256
+
+
+def refuse_unusable(status: int) -> None:
+    """Raises for what is never passed on."""
+    if status in (401, 403):
+        raise UpstreamRefusedUs
+    if status < 200 or (300 <= status < 400 and status != 304):
+        raise UpstreamInvalid
+
+
+def is_event_stream(status: int, fields: RawHeaders) -> bool:
+    content_type = value_of(fields, b"content-type") or b""
+    return 200 <= status < 300 and content_type.lower().startswith(b"text/event-stream")
+
+
+def late_refusal(status: int) -> HeadraceError:
+    """The upstream answered something else than a stream after 200 was already promised."""
+    return UpstreamInvalid() if status < 400 else UpstreamFailed()
+
+
+def checked_body(status: int, body: bytes) -> bytes:
+    """The body to pass on; raises UpstreamInBand for an error that calls itself a success."""
+    start = body[:_LOOK_BYTES]
+    if b'"error"' not in start:
+        return body
+    if status < 300 and start.lstrip().startswith(b"{"):
+        document = _decoded(body)
+        if isinstance(document, dict) and document.get("error") and document.keys() <= _AROUND_ERROR:
+            raise UpstreamInBand
+    elif status >= 400 and start.lstrip().startswith(b"["):
+        return _from_array(body)
+    return body
+
+
+def _from_array(body: bytes) -> bytes:
+    """Gemini: `[{"error": {"code": 400, "message": …, "status": "INVALID_ARGUMENT"}}]`; SDKs look for an object."""
+    document = _decoded(body)
+    if not (isinstance(document, list) and document and isinstance(document[0], dict)):
+        return body
+    error = document[0].get("error")
+    if not isinstance(error, dict):
+        return body
+    kind = str(error.get("status", "upstream_error")).lower()
+    shaped = {"message": str(error.get("message", "")), "type": kind, "param": None, "code": kind}
+    return msgspec.json.encode({"error": shaped})
+
+
+def _decoded(body: bytes) -> Any:
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None

@@ -1,0 +1,104 @@
+"""What one request knows about itself.
+
+Born in the first middleware, filled on the way, read once at the end by `middleware/observe.py`. Nothing
+else is handed sideways between the stations of a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from proxy.errors import Dialect, Reason
+
+if TYPE_CHECKING:
+    from proxy.core import Core
+    from proxy.endpoints import Endpoint
+
+
+class Phase(StrEnum):
+    """Where a request is: the label of `client_disconnects_total`."""
+
+    BODY = "body"
+    QUEUE = "queue"
+    FIRST_BYTE = "first_byte"
+    STREAM = "stream"
+    ANSWER = "answer"
+
+
+class Context:
+    """One request. Times are seconds of `time.monotonic` (the loop's own clock is the same one,
+    but uvloop rounds it to milliseconds); None: not reached."""
+
+    __slots__ = (
+        "attempts",
+        "bytes_in",
+        "bytes_out",
+        "chunks",
+        "client_ip",
+        "committed",
+        "endpoint",
+        "error_code",
+        "first_byte_at",
+        "first_token_at",
+        "model",
+        "phase",
+        "queue_s",
+        "reached_upstream",
+        "reason",
+        "request_id",
+        "sent_at",
+        "started_at",
+        "status",
+        "stopped",
+        "streaming",
+        "task",
+        "upstream",
+    )
+
+    def __init__(self, request_id: str, endpoint: Endpoint | None, started_at: float) -> None:
+        self.request_id = request_id
+        self.endpoint = endpoint
+        self.started_at = started_at
+        self.task = asyncio.current_task()
+        self.phase = Phase.BODY
+        self.model: str | None = None  # as configured: a label
+        self.upstream: str | None = None
+        self.attempts = 0
+        self.reached_upstream = False
+        self.committed = False  # a byte of the upstream's answer went to the caller: no more retries
+        self.streaming = False
+        self.stopped: Reason | None = None
+        self.reason: Reason | None = None
+        self.error_code: str | None = None
+        self.status = 0
+        self.queue_s: float | None = None
+        self.sent_at: float | None = None
+        self.first_byte_at: float | None = None
+        self.first_token_at: float | None = None
+        self.chunks = 0
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.client_ip = ""
+
+    @property
+    def dialect(self) -> Dialect:
+        return self.endpoint.dialect if self.endpoint is not None else Dialect.OPENAI
+
+    @property
+    def route(self) -> str:
+        return self.endpoint.name if self.endpoint is not None else "other"
+
+    def stop(self, reason: Reason) -> None:
+        """Ends the request from outside (drain, kill). The task sees a cancellation that carries a reason;
+        without one, a cancellation means that the caller has left."""
+        if self.stopped is None and self.task is not None:
+            self.stopped = reason
+            self.task.cancel()
+
+
+CONTEXT: web.RequestKey[Context] = web.RequestKey("context", Context)
+CORE: web.AppKey[Core] = web.AppKey("core")

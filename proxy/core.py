@@ -1,0 +1,64 @@
+"""What all requests of one process share. Built once by `server.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from proxy.errors import ModelNotFound, Overloaded
+
+if TYPE_CHECKING:
+    from proxy import config
+    from proxy.context import Context
+    from proxy.log import RequestLog
+    from proxy.metrics import Metrics
+    from proxy.upstream import Upstream
+
+
+class Bodies:
+    """The bytes of all request bodies that are held at once; past the limit new ones are refused."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.held = 0
+
+    def take(self, size: int) -> None:
+        if self.held + size > self._limit:
+            raise Overloaded
+        self.held += size
+
+    def give_back(self, size: int) -> None:
+        self.held -= size
+
+
+class Core:
+    """The process: its configuration, its upstreams, its running requests."""
+
+    def __init__(
+        self,
+        settings: config.Config,
+        upstreams: dict[str, Upstream],
+        metrics: Metrics,
+        request_log: RequestLog,
+        started_at: float,
+    ) -> None:
+        self.config = settings
+        self.upstreams = upstreams
+        self.metrics = metrics
+        self.request_log = request_log
+        self.started_at = started_at  # wall clock, seconds: `created` of the models list
+        self.running: set[Context] = set()
+        self.bodies = Bodies(settings.max_buffered_bytes)
+        self.draining = False
+
+    def route(self, model: str | None) -> tuple[str, list[tuple[Upstream, str | None]]]:
+        """The configured name of a model (the metric label) and whom to ask, under which name.
+
+        None is a route without a model: `default_upstream`. Raises ModelNotFound.
+        """
+        if model is None:
+            return "none", [(self.upstreams[self.config.default_upstream], None)]
+        found = self.config.match_model(model)
+        if found is None:
+            raise ModelNotFound
+        name, entry = found
+        return name, [(self.upstreams[target.name], target.model) for target in entry.upstreams]

@@ -1,0 +1,235 @@
+"""The listening side: aiohttp's server with what it lacks.
+
+- what its parser refuses gets our JSON, an id, a log line and a count (its own answer quotes the input,
+  and its log the whole header line);
+- a total deadline for a request's head;
+- a cap on connections: at the cap the oldest idle one makes room, else the new one is told 503;
+- TCP_USER_TIMEOUT, so that a caller that vanished without a FIN is noticed in 30 s, not in two hours.
+
+All private names of aiohttp's server are in this file. If `self_check` finds one missing, the plain server
+is used: everything but this list still works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgspec
+from aiohttp import http_exceptions, web
+from aiohttp.web_protocol import RequestHandler
+
+from proxy import headers
+from proxy.errors import Dialect, HeadraceError, Overloaded, Refused
+
+_USER_TIMEOUT_MS = 30_000
+#: How long a refused caller may go on sending before it is cut off (aiohttp's default of 10 s is cheap for
+#: an attacker; without any lingering the reset would destroy our answer, RFC 9112 9.6).
+LINGER_S = 1.0
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """max_connections: of this process; header_s: seconds for a whole head."""
+
+    max_connections: int
+    header_s: float
+
+
+#: Told about every refusal that never reached the chain: status, code, request id, caller's address.
+Refusal = Callable[[HeadraceError, str, str], None]
+
+
+class Listener(web.Server):
+    """Makes the connections, and knows which of them are idle (in the order in which they became so)."""
+
+    def __init__(self, plain: web.Server, limits: Limits, refused: Refusal, **kwargs: Any) -> None:
+        super().__init__(plain.request_handler, request_factory=plain.request_factory, **kwargs)
+        self.limits = limits
+        self.refused = refused
+        self.open = 0
+        self.idle: dict[Connection, None] = {}
+
+    def __call__(self) -> RequestHandler:
+        return Connection(self, loop=self._loop, **self._kwargs)
+
+    def make_room(self) -> bool:
+        """Is there room for one more? Closes the oldest idle connection if that helps."""
+        if self.open < self.limits.max_connections:
+            return True
+        oldest = next(iter(self.idle), None)
+        if oldest is None:
+            return False
+        del self.idle[oldest]
+        oldest.force_close()
+        return True
+
+    def close_idle(self) -> None:
+        for connection in list(self.idle):
+            connection.force_close()
+        self.idle.clear()
+
+
+class Connection(RequestHandler):
+    """One caller's connection."""
+
+    __slots__ = ("_counted", "_head_timer", "_listener", "_received")
+
+    def __init__(self, listener: Listener, **kwargs: Any) -> None:
+        super().__init__(listener, **kwargs)
+        self._listener = listener
+        self._counted = False
+        self._received = False
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        listener = self._listener
+        transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        if not listener.make_room():
+            error = Overloaded()
+            listener.refused(error, headers.request_id(None), _peer(transport))
+            transport.write(_raw(error))
+            transport.close()
+            return
+        listener.open += 1
+        listener.idle[self] = None
+        self._counted = True
+        super().connection_made(transport)
+        _notice_vanished_peer(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._counted:
+            return
+        super().data_received(data)
+        if self._messages or self._current_request is not None:
+            self._listener.idle.pop(self, None)
+            self._head_done()
+        elif self._head_timer is None and self._waiter is not None and not self._waiter.done():
+            self._received = True
+            self._expect_head()
+        else:
+            self._received = True
+
+    async def finish_response(self, *args: Any) -> tuple[web.StreamResponse, bool]:
+        finished = await super().finish_response(*args)
+        if self.transport is not None and not self._messages:
+            self._listener.idle[self] = None
+        return finished
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if not self._counted:
+            return
+        self._counted = False
+        self._listener.open -= 1
+        self._listener.idle.pop(self, None)
+        self._head_done()
+        super().connection_lost(exc)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The parser's refusals, and what went wrong outside the chain. Nothing of `message` is shown:
+        it quotes the request."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer was under way")
+        error = Refused(_status_of(exc)) if status < 500 else HeadraceError()
+        chosen = headers.request_id(None)
+        self._listener.refused(error, chosen, request.remote or "")
+        response = web.Response(
+            status=error.status,
+            body=error.body(Dialect.OPENAI, chosen),
+            content_type="application/json",
+            headers={"x-request-id": chosen, "request-id": chosen, "Server": "headrace"},
+        )
+        response.force_close()
+        return response
+
+    def _expect_head(self) -> None:
+        self._head_timer = self._loop.call_later(self._listener.limits.header_s, self._head_late)
+
+    def _head_done(self) -> None:
+        self._received = False
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_late(self) -> None:
+        self._head_timer = None
+        transport = self.transport
+        if transport is None:
+            return
+        if self._received:
+            error = Refused(408)
+            self._listener.refused(error, headers.request_id(None), _peer(transport))
+            transport.write(_raw(error))
+        self.force_close()
+
+
+def _status_of(exc: BaseException | None) -> int:
+    """aiohttp answers 400 for everything; the two that HTTP has own codes for are told apart here."""
+    if isinstance(exc, http_exceptions.LineTooLong):
+        # Its argument is the line's start: only a request line has no field name before a colon.
+        return 431
+    return 400
+
+
+def _peer(transport: asyncio.BaseTransport) -> str:
+    name = transport.get_extra_info("peername")
+    return str(name[0]) if isinstance(name, tuple) else ""
+
+
+def _raw(error: HeadraceError) -> bytes:
+    """A whole answer as bytes, for connections that never get as far as a request object."""
+    chosen = headers.request_id(None)
+    body = error.body(Dialect.OPENAI, chosen)
+    extra = "".join(f"{name}: {value}\r\n" for name, value in error.headers.items())
+    head = (
+        f"HTTP/1.1 {error.status} {error.code}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\nServer: headrace\r\n"
+        f"x-request-id: {chosen}\r\nrequest-id: {chosen}\r\n{extra}\r\n"
+    )
+    return head.encode() + body
+
+
+def _notice_vanished_peer(transport: asyncio.BaseTransport) -> None:
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+
+
+class Runner(web.AppRunner):
+    """AppRunner whose server is a Listener."""
+
+    def __init__(self, app: web.Application, limits: Limits, refused: Refusal, **kwargs: Any) -> None:
+        super().__init__(app, **kwargs)
+        self._limits = limits
+        self._refused = refused
+        self.listener: Listener | None = None
+
+    async def _make_server(self) -> web.Server:
+        plain = await super()._make_server()
+        if not self_check():
+            return plain
+        self.listener = Listener(
+            plain,
+            self._limits,
+            self._refused,
+            handler_cancellation=plain.handler_cancellation,
+            **plain._kwargs,
+        )
+        return self.listener
+
+
+def self_check() -> bool:
+    """Are the private names still there?"""
+    slots = set(RequestHandler.__slots__)
+    methods = ("connection_made", "data_received", "finish_response", "handle_error", "force_close")
+    return {"_messages", "_waiter", "_current_request"} <= slots and all(
+        hasattr(RequestHandler, name) for name in methods
+    )

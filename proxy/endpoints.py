@@ -1,0 +1,152 @@
+"""The allow-list: which methods and paths are proxied, and what their requests look like.
+
+Everything that is not in `TABLE` is a 404: a caller can only reach the provider's inference and storage
+routes, never its account administration. Matching is done on the raw path, before any decoding, so that
+`%2e%2e`, `%2f` or `//` cannot turn one path into another between the check and the upstream.
+
+Templates: `{id}` is one path segment, `{rest}` one to six of them.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+
+import msgspec
+
+from proxy.errors import Dialect
+
+
+class Body(StrEnum):
+    """What a route's requests carry."""
+
+    NONE = "none"
+    JSON = "json"
+
+
+class Model(StrEnum):
+    """Whether a route's body names a model."""
+
+    REQUIRED = "required"
+    OPTIONAL = "optional"
+    NONE = "none"
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """One row of the allow-list. `name` is the metric label `route`."""
+
+    name: str
+    methods: tuple[str, ...]
+    body: Body
+    model: Model
+    dialect: Dialect = Dialect.OPENAI
+    ours: bool = False  # answered here, not forwarded
+    ends_with_terminator: bool = False  # an event stream of this route announces its own end
+
+
+def _inference(name: str, dialect: Dialect = Dialect.OPENAI, *, streams: bool = True) -> Endpoint:
+    return Endpoint(name, ("POST",), Body.JSON, Model.REQUIRED, dialect, ends_with_terminator=streams)
+
+
+def _optional(name: str) -> Endpoint:
+    return Endpoint(name, ("POST",), Body.JSON, Model.OPTIONAL)
+
+
+def _stored(name: str, *methods: str, dialect: Dialect = Dialect.OPENAI) -> Endpoint:
+    """Objects that the provider keeps: no model in the request, so they go to `default_upstream`."""
+    return Endpoint(name, methods or ("GET", "POST", "DELETE"), Body.JSON, Model.NONE, dialect)
+
+
+def _ours(name: str) -> Endpoint:
+    return Endpoint(name, ("GET", "HEAD"), Body.NONE, Model.NONE, ours=True)
+
+
+TABLE: tuple[Endpoint, ...] = (
+    _inference("/v1/chat/completions"),
+    _stored("/v1/chat/completions", "GET"),
+    _stored("/v1/chat/completions/{rest}"),
+    _inference("/v1/completions"),
+    _inference("/v1/embeddings", streams=False),
+    Endpoint(
+        "/v1/responses",
+        ("POST",),
+        Body.JSON,
+        Model.OPTIONAL,  # a stored prompt names the model on the provider's side
+        Dialect.RESPONSES,
+        ends_with_terminator=True,
+    ),
+    _stored("/v1/responses/{rest}", dialect=Dialect.RESPONSES),
+    _inference("/v1/messages", Dialect.ANTHROPIC),
+    _inference("/v1/messages/count_tokens", Dialect.ANTHROPIC, streams=False),
+    _ours("/v1/models"),
+    _ours("/v1/models/{rest}"),
+    _stored("/v1/models/{id}", "DELETE"),
+    _optional("/v1/moderations"),
+    _inference("/v1/rerank", streams=False),
+    _optional("/v1/images/generations"),
+    _inference("/v1/audio/speech", streams=False),
+    _stored("/v1/files", "GET"),
+    _stored("/v1/files/{rest}", "GET", "DELETE"),
+    _stored("/v1/uploads"),
+    _stored("/v1/uploads/{id}/complete", "POST"),
+    _stored("/v1/uploads/{id}/cancel", "POST"),
+    _stored("/v1/batches"),
+    _stored("/v1/batches/{rest}"),
+    _stored("/v1/fine_tuning/{rest}"),
+    _stored("/v1/vector_stores"),
+    _stored("/v1/vector_stores/{rest}"),
+    _stored("/v1/assistants"),
+    _stored("/v1/assistants/{rest}"),
+    _stored("/v1/threads"),
+    _stored("/v1/threads/{rest}"),
+    _ours("/health"),
+    _ours("/api/health/stream"),
+)
+
+# One segment: unreserved and sub-delims of RFC 3986, and percent escapes that neither decode to a path
+# separator, a dot, a percent sign nor a control character.
+_SEGMENT = (
+    r"(?!\.{1,2}(?:/|$))(?:[A-Za-z0-9._~:@!$&'()*+,;=-]|%(?!2[EeFf5]|5[Cc]|7[Ff])[2-9A-Fa-f][0-9A-Fa-f])+"
+)
+# A model's name may hold slashes, which SDKs send as %2F. Only our own /v1/models takes them.
+_MODEL_NAME = r"[A-Za-z0-9._~:@!$&'()*+,;=/%-]+"
+
+
+def _compile(endpoint: Endpoint) -> re.Pattern[str]:
+    rest = _MODEL_NAME if endpoint.name == "/v1/models/{rest}" else rf"{_SEGMENT}(?:/{_SEGMENT}){{0,5}}"
+    pattern = re.escape(endpoint.name)
+    return re.compile(pattern.replace(r"\{id\}", _SEGMENT).replace(r"\{rest\}", rest))
+
+
+_EXACT = {
+    (method, endpoint.name): endpoint
+    for endpoint in TABLE
+    if "{" not in endpoint.name
+    for method in endpoint.methods
+}
+# Applications may leave /v1 out of base_url (LiteLLM's quickstart does).
+_EXACT.update(
+    {
+        (method, name.removeprefix("/v1")): endpoint
+        for (method, name), endpoint in _EXACT.items()
+        if name.startswith("/v1/")
+    }
+)
+_PATTERNS = [(_compile(endpoint), endpoint) for endpoint in TABLE if "{" in endpoint.name]
+
+
+def match(method: str, path: str) -> Endpoint | None:
+    """The row for this method and raw path (without its query), or None for a 404."""
+    found = _EXACT.get((method, path))
+    if found is not None:
+        return found
+    full = path if path.startswith("/v1/") else f"/v1{path}"
+    for pattern, endpoint in _PATTERNS:
+        if method in endpoint.methods and pattern.fullmatch(full):
+            return endpoint
+    return None
+
+
+def upstream_path(raw_path: str) -> str:
+    """What is appended to an upstream's base_url: the path without its leading /v1, the query untouched."""
+    return raw_path[3:] if raw_path.startswith("/v1/") else raw_path

@@ -1,0 +1,247 @@
+"""Every error that a caller can see, and who is to blame for it.
+
+    HeadraceError
+    ├── BadRequest            400  the caller's request cannot be understood
+    ├── InvalidCredential     401  unknown, malformed, expired or revoked: one body for all
+    ├── NotFound              404  no such path or model
+    ├── Refused               4xx  any other refusal before an attempt (408, 413, 415, …)
+    ├── Overloaded            503  ours: full, draining
+    ├── Internal              500  ours: a bug
+    └── UpstreamFailed        502/504  an attempt was made and failed
+        ├── UpstreamUnreachable     502  connect, TLS, DNS, or closed before its answer
+        ├── UpstreamInvalid         502  not HTTP, a redirect, a body that breaks its own framing
+        ├── UpstreamRefusedUs       502  its 401/403: our credential is bad, the caller's is not
+        ├── UpstreamInBand          502  a 200 whose whole JSON is an error
+        └── UpstreamTimeout         504  no first byte in time, or the total deadline
+
+An error knows its status, its code (contract section 5, a closed list), the end reason that it gives the
+request, and whether another attempt may help. Messages are constants: nothing of the caller's input, the
+upstream's address or an exception's text is ever put into them. Only `middleware/errors.py` and the end
+of a pipe turn these into bytes.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import msgspec
+
+
+class Reason(StrEnum):
+    """How a request ended (contract section 6.2): a closed list, in the log, the metric and the ledger."""
+
+    COMPLETE = "complete"
+    CLIENT_GONE = "client_gone"
+    UPSTREAM_ERROR = "upstream_error"
+    UPSTREAM_CUT = "upstream_cut"
+    UPSTREAM_STALL = "upstream_stall"
+    DEADLINE = "deadline"
+    REJECTED = "rejected"
+    DRAINED = "drained"
+    KILLED = "killed"
+    INTERNAL_ERROR = "internal_error"
+
+
+class Dialect(StrEnum):
+    """The shape in which a route's callers expect errors."""
+
+    OPENAI = "openai"
+    RESPONSES = "responses"
+    ANTHROPIC = "anthropic"
+
+
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+class HeadraceError(Exception):
+    """The root: never raised itself."""
+
+    status: int = 500
+    code: str = "internal_error"
+    message: str = "Headrace failed to handle this request."
+    reason: Reason = Reason.REJECTED
+    headers: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        super().__init__(message or self.message)
+        if message is not None:
+            self.message = message
+        self.param = param
+
+    def body(self, dialect: Dialect, request_id: str) -> bytes:
+        """The JSON body in the route's dialect."""
+        return msgspec.json.encode(self._document(dialect, request_id))
+
+    def event(self, dialect: Dialect, request_id: str) -> bytes:
+        """The final event of a stream that cannot be finished.
+
+        SDKs look for it in different places: openai-python and openai-node raise on any event whose data has
+        an `error` object; anthropic-python ignores events without `event: error`.
+        """
+        data = msgspec.json.encode(self._document(dialect, request_id))
+        name = b"" if dialect is Dialect.OPENAI else b"event: error\n"
+        return b"%bdata: %b\n\n" % (name, data)
+
+    def _document(self, dialect: Dialect, request_id: str) -> dict[str, Any]:
+        if dialect is Dialect.ANTHROPIC:
+            kind = _ANTHROPIC_TYPES.get(
+                self.status, "api_error" if self.status >= 500 else "invalid_request_error"
+            )
+            return {
+                "type": "error",
+                "error": {"type": kind, "message": self.message},
+                "request_id": request_id,
+            }
+        kind = _OPENAI_TYPES.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        return {
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code},
+        }
+
+
+class BadRequest(HeadraceError):
+    status = 400
+    code = "bad_request"
+    message = "The request is malformed."
+
+    def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.code = code
+
+
+class InvalidCredential(HeadraceError):
+    status = 401
+    code = "invalid_api_key"
+    message = "The API key is missing or not valid."
+    headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
+
+
+class NotFound(HeadraceError):
+    status = 404
+    code = "not_found"
+    message = "There is nothing at this path."
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+    message = "The model does not exist or is not served here."
+
+    def __init__(self) -> None:
+        super().__init__(param="model")
+
+
+#: HTTP's own refusals: status -> code, message. One table, so that the parser's refusals (which never reach
+#: the middleware chain) and the guard's speak with one voice.
+REFUSALS: dict[int, tuple[str, str]] = {
+    400: ("bad_request", "The request is not well-formed HTTP."),
+    405: ("method_not_allowed", "This method is not supported."),
+    408: ("request_timeout", "The request did not arrive in time."),
+    411: ("length_required", "The request needs a body with a length."),
+    413: ("request_too_large", "The request body is too large."),
+    414: ("uri_too_long", "The request line is too long."),
+    415: ("unsupported_media_type", "The body has to be plain application/json in UTF-8."),
+    417: ("expectation_failed", "This expectation cannot be met."),
+    421: ("misdirected_request", "This server does not answer for that authority."),
+    431: ("headers_too_large", "The header fields are too large."),
+    501: ("not_implemented", "This transfer coding is not supported."),
+    505: ("http_version_not_supported", "Only HTTP/1.0 and HTTP/1.1 are supported."),
+}
+
+
+class Refused(HeadraceError):
+    """A refusal of HTTP's own kind; `close` says that the connection cannot be used any further."""
+
+    def __init__(self, status: int, *, close: bool = True) -> None:
+        self.status = status
+        self.code, message = REFUSALS[status]
+        self.close = close
+        super().__init__(message)
+
+
+class Overloaded(HeadraceError):
+    status = 503
+    code = "overloaded"
+    message = "The server is at its limit, retry shortly."
+    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+
+
+class Draining(Overloaded):
+    code = "draining"
+    message = "The server is shutting down, retry shortly."
+    reason = Reason.DRAINED
+
+
+class Killed(Overloaded):
+    message = "The request was stopped by the operator."
+    reason = Reason.KILLED
+    headers: ClassVar[dict[str, str]] = {"x-should-retry": "false"}
+
+
+class Internal(HeadraceError):
+    reason = Reason.INTERNAL_ERROR
+
+
+class UpstreamFailed(HeadraceError):
+    """An attempt failed. `result` is its label in `upstream_attempts_total`."""
+
+    status = 502
+    code = "upstream_error"
+    message = "The model provider failed to answer."
+    reason = Reason.UPSTREAM_ERROR
+    result = "reset"
+
+
+class UpstreamUnreachable(UpstreamFailed):
+    code = "upstream_unreachable"
+    message = "The model provider could not be reached."
+
+
+class UpstreamConnectFailed(UpstreamUnreachable):
+    """Nothing was sent, so another upstream may always be asked (pingora's failover law)."""
+
+    result = "connect_error"
+
+
+class UpstreamInvalid(UpstreamFailed):
+    code = "upstream_invalid_response"
+    message = "The model provider's answer was not valid."
+
+
+class UpstreamRefusedUs(UpstreamFailed):
+    code = "upstream_auth"
+    message = "The model provider refused the proxy's own credential."
+    result = "status"
+
+
+class UpstreamInBand(UpstreamFailed):
+    message = "The model provider answered with an error."
+    result = "status"
+
+
+class UpstreamCut(UpstreamFailed):
+    message = "The model provider ended the answer before it was complete."
+    reason = Reason.UPSTREAM_CUT
+
+
+class UpstreamTimeout(UpstreamFailed):
+    status = 504
+    code = "upstream_timeout"
+    message = "The model provider did not answer in time."
+    reason = Reason.UPSTREAM_STALL
+    result = "timeout"
+
+
+class UpstreamDeadline(UpstreamTimeout):
+    message = "The answer took longer than is allowed in total."
+    reason = Reason.DEADLINE

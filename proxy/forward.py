@@ -1,0 +1,326 @@
+"""The attempts of one request: lease, send, wait for the first byte, commit, pipe.
+
+Until `ctx.committed` an attempt may fail and another one be made; from the first byte of the upstream's
+answer on there is only one way: to the end, or to a visible break. A heartbeat that was sent early
+(`streams.commit_after`) fixes the status at 200 but is no commit: another attempt is still allowed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from aiohttp import HttpVersion11, web
+from multidict import CIMultiDict
+
+from proxy import answers, headers
+from proxy.context import Context, Phase
+from proxy.errors import (
+    Draining,
+    HeadraceError,
+    Killed,
+    Reason,
+    UpstreamConnectFailed,
+    UpstreamCut,
+    UpstreamDeadline,
+    UpstreamFailed,
+    UpstreamTimeout,
+)
+from proxy.pipe import HEARTBEAT, TIMER_SLACK_S, Clocks, Pipe, break_off
+from proxy.sse import Scanner
+from proxy.upstream import translate
+from proxy.wire import HELD_LIMIT, End
+
+if TYPE_CHECKING:
+    from proxy import config
+    from proxy.metrics import Metrics
+    from proxy.upstream import Exchange, Upstream
+
+_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",  # nginx buffers by default
+}
+#: Attempts whose caller has gone are no verdict on the upstream.
+_CANCELLED = "cancelled"
+
+
+class Job:
+    """What is to be asked: the same for every attempt, but for the model's name."""
+
+    __slots__ = ("bodies", "fields", "method", "path", "wants_stream")
+
+    def __init__(
+        self, method: str, path: str, fields: bytes, bodies: Sequence[bytes], *, wants_stream: bool
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.fields = fields
+        self.bodies = bodies  # one per target
+        self.wants_stream = wants_stream
+
+
+class Forwarding:
+    """One request on its way through the upstreams."""
+
+    def __init__(
+        self, request: web.Request, ctx: Context, streams: config.Streams, write_s: float, metrics: Metrics
+    ) -> None:
+        self._request = request
+        self._ctx = ctx
+        self._streams = streams
+        self._write_s = write_s
+        self._metrics = metrics
+        self._response: web.StreamResponse | None = None
+        self._began_at = 0.0
+        self._queued_until = 0.0
+        self._total_at = 0.0
+
+    async def run(self, job: Job, targets: Sequence[Upstream]) -> web.StreamResponse:
+        """Returns when the last byte has gone to the caller; raises HeadraceError if nothing has."""
+        ctx = self._ctx
+        self._queued_until = self._began_at = monotonic()
+        self._total_at = self._began_at + targets[0].timeouts.total
+        try:
+            with _stop_as_error(ctx):
+                return await self._attempts(job, targets)
+        except HeadraceError as error:
+            if self._response is None:
+                raise
+            return self._break_off(error)
+
+    async def _attempts(self, job: Job, targets: Sequence[Upstream]) -> web.StreamResponse:
+        """One upstream after the other while nothing was sent to any of them."""
+        last: UpstreamFailed = UpstreamConnectFailed()
+        for upstream, body in zip(targets, job.bodies, strict=True):
+            try:
+                return await self._attempt(job, upstream, body)
+            except UpstreamConnectFailed as error:
+                last = error
+        raise last
+
+    async def _attempt(self, job: Job, upstream: Upstream, body: bytes) -> web.StreamResponse:
+        ctx = self._ctx
+        ctx.attempts += 1
+        ctx.upstream = upstream.name
+        ctx.phase = Phase.FIRST_BYTE
+        exchange = upstream.exchange(job.method, job.path, job.fields, body)
+        upstream.in_flight += 1
+        result = _CANCELLED
+        try:
+            await self._send(exchange)
+            await self._first_byte(exchange, upstream, stream=job.wants_stream)
+            response = await self._answer(exchange, upstream)
+            result = "status" if exchange.status >= 500 or exchange.status == 429 else "ok"
+            return response
+        except UpstreamFailed as error:
+            result = error.result
+            raise
+        finally:
+            exchange.close()
+            upstream.in_flight -= 1
+            self._metrics.upstream_attempts.add((upstream.name, result))
+
+    # ── until the first byte ─────────────────────────────────────────────────────────────────────────────
+
+    async def _send(self, exchange: Exchange) -> None:
+        ctx = self._ctx
+        try:
+            async with asyncio.timeout_at(self._total_at):
+                await exchange.send()
+        except Exception as error:
+            raise translate(error) from error
+        ctx.reached_upstream = True
+        ctx.sent_at = monotonic()
+
+    async def _first_byte(self, exchange: Exchange, upstream: Upstream, *, stream: bool) -> None:
+        """Waits for the first byte of the body; meanwhile, and only for streams, keeps the caller warm."""
+        ctx = self._ctx
+        sent_at = ctx.sent_at or monotonic()
+        first_byte_at = sent_at + upstream.timeouts.first_byte
+        beat_at = self._queued_until + self._streams.commit_after
+        beats = stream and self._streams.commit_after > 0
+        while True:
+            limit = min(first_byte_at, self._total_at)
+            try:
+                async with asyncio.timeout_at(min(limit, beat_at) if beats else limit):
+                    await exchange.hold(1)
+                break
+            except TimeoutError:
+                now = monotonic() + TIMER_SLACK_S
+                if now >= self._total_at:
+                    raise UpstreamDeadline from None
+                if now >= first_byte_at:
+                    raise UpstreamTimeout from None
+                await self._keep_warm(upstream)
+                beat_at = now + (self._streams.heartbeat or self._streams.commit_after)
+        ctx.first_byte_at = monotonic()
+
+    async def _keep_warm(self, upstream: Upstream) -> None:
+        """Commits to 200 before the upstream has answered, so that no proxy on the way gives up."""
+        if self._response is None:
+            self._response = response = web.StreamResponse(headers=CIMultiDict(_STREAM_HEADERS))
+            await self._prepare(response, upstream)
+        self._metrics.heartbeats.add()
+        await self._response.write(HEARTBEAT)
+
+    async def _prepare(self, response: web.StreamResponse, upstream: Upstream) -> None:
+        self._describe(response.headers, upstream)
+        if response.content_length is None and self._request.version == HttpVersion11:
+            response.enable_chunked_encoding()
+        await response.prepare(self._request)
+        self._ctx.status = response.status
+
+    def _describe(self, fields: CIMultiDict[str], upstream: Upstream) -> None:
+        """Our own fields on a proxied answer."""
+        ctx = self._ctx
+        fields["x-headrace-upstream"] = upstream.name
+        fields["x-headrace-attempts"] = str(ctx.attempts)
+        waited_ms = (ctx.queue_s or 0.0) * 1000
+        upstream_ms = (monotonic() - (ctx.sent_at or monotonic())) * 1000
+        fields["server-timing"] = f"queue;dur={waited_ms:.1f}, upstream;dur={upstream_ms:.1f}"
+
+    # ── the answer ───────────────────────────────────────────────────────────────────────────────────────
+
+    async def _answer(self, exchange: Exchange, upstream: Upstream) -> web.StreamResponse:
+        answers.refuse_unusable(exchange.status)
+        if answers.is_event_stream(exchange.status, exchange.fields):
+            return await self._stream(exchange, upstream)
+        if self._response is not None:
+            raise answers.late_refusal(exchange.status)
+        return await self._whole(exchange, upstream)
+
+    async def _stream(self, exchange: Exchange, upstream: Upstream) -> web.StreamResponse:
+        ctx = self._ctx
+        ctx.streaming = True
+        ctx.phase = Phase.STREAM
+        expects = ctx.endpoint is not None and ctx.endpoint.ends_with_terminator
+        encoded = headers.value_of(exchange.fields, b"content-encoding") is not None
+        scanner = Scanner(ctx.dialect, expects_terminator=expects and not encoded)
+        if self._response is None:
+            fields = CIMultiDict(headers.to_caller(exchange.fields, keep_ratelimit=True))
+            fields.update(_STREAM_HEADERS | {"Content-Type": fields["Content-Type"]})
+            response = web.StreamResponse(status=exchange.status, reason=exchange.reason, headers=fields)
+            await self._prepare(response, upstream)
+            self._response = response
+        self._metrics.streams_active.add((upstream.name,), 1)
+        try:
+            return await self._pipe(exchange, upstream, scanner)
+        finally:
+            self._metrics.streams_active.add((upstream.name,), -1)
+
+    async def _whole(self, exchange: Exchange, upstream: Upstream) -> web.StreamResponse:
+        """An answer that is no stream: small ones are looked at and sent at once, large ones piped."""
+        ctx = self._ctx
+        ctx.phase = Phase.ANSWER
+        await self._hold_small(exchange, upstream)
+        body, end = exchange.taken()
+        fields = CIMultiDict(headers.to_caller(exchange.fields, keep_ratelimit=True))
+        if end is not None:
+            if end is End.CUT:
+                raise UpstreamCut
+            body = answers.checked_body(exchange.status, body)
+            response = web.Response(status=exchange.status, reason=exchange.reason, body=body, headers=fields)
+            self._describe(response.headers, upstream)
+            ctx.committed = True
+            ctx.chunks, ctx.bytes_out, ctx.status = 1, len(body), exchange.status
+            ctx.reason = Reason.UPSTREAM_ERROR if exchange.status >= 500 else Reason.COMPLETE
+            return response
+        length = headers.value_of(exchange.fields, b"content-length")
+        large = web.StreamResponse(status=exchange.status, reason=exchange.reason, headers=fields)
+        if length is not None:
+            large.content_length = int(length)
+        await self._prepare(large, upstream)
+        self._response = large
+        return await self._pipe(exchange, upstream, None, body)
+
+    async def _hold_small(self, exchange: Exchange, upstream: Upstream) -> None:
+        limit = min(monotonic() + upstream.timeouts.idle, self._total_at)
+        try:
+            async with asyncio.timeout_at(limit):
+                await exchange.hold(HELD_LIMIT)
+        except TimeoutError:
+            raise UpstreamTimeout from None
+
+    async def _pipe(
+        self, exchange: Exchange, upstream: Upstream, scanner: Scanner | None, first: bytes = b""
+    ) -> web.StreamResponse:
+        ctx, response = self._ctx, self._response
+        assert response is not None
+        writer = await response.prepare(self._request)
+        assert writer is not None
+        clocks = Clocks(upstream.timeouts.idle, self._total_at, self._streams.heartbeat, self._write_s)
+        pipe = Pipe(ctx, self._request, response, writer, scanner, clocks)
+        ctx.committed = True
+        try:
+            if first:
+                await pipe.deliver(first)
+            await pipe.run(exchange)
+        finally:
+            if scanner is not None:
+                self._metrics.inter_chunk.merge((upstream.name,), pipe.gaps, pipe.gaps_s)
+            if pipe.heartbeats:
+                self._metrics.heartbeats.add((), pipe.heartbeats)
+        return await self._conclude(pipe, exchange.status)
+
+    # ── the end ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _conclude(self, pipe: Pipe, status: int) -> web.StreamResponse:
+        ctx, response = self._ctx, self._response
+        assert response is not None
+        ctx.reason = pipe.verdict()
+        if ctx.reason is Reason.COMPLETE or (ctx.reason is Reason.UPSTREAM_ERROR and pipe.framed):
+            if ctx.reason is Reason.COMPLETE and status >= 500:
+                ctx.reason = Reason.UPSTREAM_ERROR
+            await response.write_eof()
+            return response
+        if ctx.reason is Reason.CLIENT_GONE or not pipe.takes_event():
+            return self._abort()
+        if ctx.reason is Reason.UPSTREAM_ERROR:
+            return self._abort()  # the upstream has already said what happened
+        return self._break_off(_after_commit(ctx.reason))
+
+    def _break_off(self, error: HeadraceError) -> web.StreamResponse:
+        """The error event in the route's dialect, then the abort: never a clean end."""
+        ctx = self._ctx
+        ctx.reason = error.reason
+        ctx.error_code = error.code
+        transport = self._request.transport
+        if transport is not None and not transport.is_closing():
+            assert self._response is not None
+            event = error.event(ctx.dialect, ctx.request_id)
+            transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._response.chunked else event)
+        return self._abort()
+
+    def _abort(self) -> web.StreamResponse:
+        assert self._response is not None
+        transport = self._request.transport
+        if transport is not None:
+            framed = self._response.chunked or self._response.content_length is not None
+            break_off(transport, chunked=framed)
+        return self._response
+
+
+def _after_commit(reason: Reason) -> UpstreamFailed:
+    if reason is Reason.UPSTREAM_STALL:
+        return UpstreamTimeout()
+    if reason is Reason.DEADLINE:
+        return UpstreamDeadline()
+    return UpstreamCut()
+
+
+@contextmanager
+def _stop_as_error(ctx: Context) -> Iterator[None]:
+    """A cancellation that carries a reason (drain, kill) becomes that error; a caller's leaving stays one."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        if ctx.stopped is None:
+            raise
+        task = asyncio.current_task()
+        assert task is not None
+        task.uncancel()
+        raise (Draining() if ctx.stopped is Reason.DRAINED else Killed()) from None

@@ -1,0 +1,153 @@
+"""What the data listener's routes do: forward, or answer by themselves."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any
+from urllib.parse import unquote
+
+import msgspec
+from aiohttp import web
+
+from proxy import endpoints, headers, intake
+from proxy.context import CONTEXT, CORE, Context, Phase
+from proxy.core import Core
+from proxy.endpoints import Endpoint, Model
+from proxy.errors import BadRequest, Draining, ModelNotFound, NotFound, Refused
+from proxy.forward import Forwarding, Job
+from proxy.peek import Peek, peek, with_model
+
+
+async def dispatch(request: web.Request) -> web.StreamResponse:
+    """Every path comes here: the allow-list decides, not aiohttp's router."""
+    ctx = request[CONTEXT]
+    endpoint = ctx.endpoint
+    if endpoint is None:
+        raise NotFound
+    if endpoint.ours:
+        return await _OURS[endpoint.name](request)
+    if request.app[CORE].draining:
+        raise Draining
+    return await proxy(request, ctx, endpoint)
+
+
+async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.StreamResponse:
+    """Body, model, route, forward."""
+    core = request.app[CORE]
+    settings = core.config
+    content_type = request.headers.get("Content-Type", "application/json")
+    if request.body_exists and not content_type.lower().startswith("application/json"):
+        raise Refused(415, close=False)
+    async with intake.held_body(
+        request, core.bodies, limit=settings.max_body_bytes, timeout_s=settings.timeouts.body
+    ) as body:
+        ctx.bytes_in = len(body)
+        ctx.phase = Phase.QUEUE
+        asked = _read_fields(endpoint, body)
+        ctx.model, targets = core.route(_model_name(core, endpoint, asked))
+        job = Job(
+            request.method,
+            endpoints.upstream_path(request.raw_path),
+            headers.to_upstream(request.raw_headers) + b"x-request-id: %b\r\n" % ctx.request_id.encode(),
+            [body if name in (None, asked.model) else with_model(body, name) for _, name in targets],
+            wants_stream=bool(asked.stream),
+        )
+        ctx.queue_s = 0.0
+        forwarding = Forwarding(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
+        return await forwarding.run(job, [upstream for upstream, _ in targets])
+
+
+def _read_fields(endpoint: Endpoint, body: bytes) -> Peek:
+    if not body and endpoint.model is Model.NONE:
+        return Peek()
+    return peek(body)
+
+
+def _model_name(core: Core, endpoint: Endpoint, asked: Peek) -> str | None:
+    """The model to route by, or None for `default_upstream`."""
+    if endpoint.model is Model.NONE:
+        # Stored objects may name a model (assistants); an unknown one there is the provider's matter.
+        known = asked.model is not None and core.config.match_model(asked.model) is not None
+        return asked.model if known else None
+    if asked.model:
+        return asked.model
+    if endpoint.model is Model.OPTIONAL:
+        return None
+    raise BadRequest("missing_model", "The field 'model' is missing.", param="model")
+
+
+# ── answered here ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _model_object(core: Core, name: str) -> dict[str, Any]:
+    """OpenAI's and Anthropic's fields in one object: both SDKs read it."""
+    entry = core.config.models[name]
+    created = datetime.fromtimestamp(core.started_at, UTC)
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(core.started_at),
+        "owned_by": entry.upstreams[0].name,
+        "type": "model",
+        "display_name": name,
+        "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+async def list_models(request: web.Request) -> web.Response:
+    core = request.app[CORE]
+    # A pattern is not a model that can be asked for by its name.
+    names = [name for name in core.config.models if "*" not in name and "?" not in name]
+    document = {
+        "object": "list",
+        "data": [_model_object(core, name) for name in names],
+        "has_more": False,
+        "first_id": names[0] if names else None,
+        "last_id": names[-1] if names else None,
+    }
+    return _json(document)
+
+
+async def show_model(request: web.Request) -> web.Response:
+    core = request.app[CORE]
+    raw = request.raw_path.partition("?")[0]
+    name = unquote(raw.removeprefix("/v1").removeprefix("/models/"))
+    if core.config.match_model(name) is None:
+        raise ModelNotFound
+    if name in core.config.models:
+        return _json(_model_object(core, name))
+    pattern, _ = core.config.match_model(name) or (name, None)
+    return _json({**_model_object(core, pattern), "id": name, "display_name": name})
+
+
+async def health(_request: web.Request) -> web.Response:
+    return _json({"status": "ok", "timestamp": datetime.now(UTC).isoformat()})
+
+
+async def health_stream(request: web.Request) -> web.StreamResponse:
+    """One event, so that a public chain can be tested without spending anything."""
+    fields = {
+        "Content-Type": "text/event-stream; charset=utf-8",
+        "Cache-Control": "no-cache, no-transform",
+        "X-Accel-Buffering": "no",
+    }
+    response = web.StreamResponse(headers=fields)
+    await response.prepare(request)
+    if request.method != "HEAD":
+        now = monotonic()
+        await response.write(b"data: " + msgspec.json.encode({"status": "ok", "clock": now}) + b"\n\n")
+    await response.write_eof()
+    return response
+
+
+def _json(document: dict[str, Any]) -> web.Response:
+    return web.Response(body=msgspec.json.encode(document), content_type="application/json")
+
+
+_OURS = {
+    "/v1/models": list_models,
+    "/v1/models/{rest}": show_model,
+    "/health": health,
+    "/api/health/stream": health_stream,
+}

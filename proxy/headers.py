@@ -1,0 +1,179 @@
+"""Which header fields cross the proxy, in which direction, under which name.
+
+Both directions start from the raw fields (bytes, in order, duplicates kept) and drop by name; our own
+fields are added after the strip, so that no `Connection: authorization` can remove them (RFC 9110 7.6.1).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+RawHeaders = Sequence[tuple[bytes, bytes]]
+Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
+
+#: RFC 9110 7.6.1, and the two that only make sense on one hop.
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+    }
+)
+
+#: Fields in which callers of some API carry a credential: none of them ever goes upstream.
+CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"cookie"})
+
+#: What the upstream must not learn from the caller, or what we write ourselves.
+_REQUEST_DROP = (
+    HOP_BY_HOP
+    | CREDENTIALS
+    | {
+        b"host",
+        b"content-length",
+        b"expect",
+        b"accept-encoding",  # we ask for identity: a compressed stream hides its terminator and its usage
+        b"forwarded",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-proto",
+        b"x-forwarded-port",
+        b"x-real-ip",
+        b"via",
+        b"x-request-id",
+        b"openai-organization",  # whose account is billed is the operator's choice
+        b"openai-project",
+    }
+)
+
+_RESPONSE_DROP = HOP_BY_HOP | {
+    b"content-length",  # set again by whoever frames the answer
+    b"set-cookie",
+    b"server",
+    b"x-powered-by",
+    b"alt-svc",
+    b"strict-transport-security",
+    b"openai-organization",
+    b"openai-project",
+    b"x-request-id",  # passed on as x-upstream-request-id
+    b"request-id",
+    b"x-headrace-upstream",
+    b"x-headrace-attempts",
+    b"server-timing",
+    b"date",
+}
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_FORBIDDEN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+def request_id(offered: str | None) -> str:
+    """The caller's id if it is harmless in a header and in a log, else one of our own."""
+    if offered is not None and _REQUEST_ID.fullmatch(offered):
+        return offered
+    return "req_" + os.urandom(12).hex()
+
+
+def _named_by_connection(fields: RawHeaders) -> frozenset[bytes]:
+    """Fields that `Connection` names are hop-by-hop too."""
+    named = [value for name, value in fields if name.lower() == b"connection"]
+    return frozenset(option.strip().lower() for value in named for option in value.split(b","))
+
+
+def to_upstream(fields: RawHeaders) -> bytes:
+    """The caller's end-to-end fields as header lines, without credentials and without names that hold `_`.
+
+    Names with an underscore are dropped as nginx does: CGI-like servers read `X_Api_Key` as `X-Api-Key`.
+    """
+    extra = _named_by_connection(fields)
+    lines = []
+    for name, value in fields:
+        lower = name.lower()
+        if lower in _REQUEST_DROP or lower in extra or b"_" in name:
+            continue
+        lines.append(b"%b: %b\r\n" % (name, value))
+    return b"".join(lines)
+
+
+def to_caller(fields: RawHeaders, *, keep_ratelimit: bool) -> list[tuple[str, str]]:
+    """The upstream's end-to-end fields; its request id comes back as x-upstream-request-id.
+
+    keep_ratelimit: its quota is shown only where the caller has no plan of its own.
+    """
+    extra = _named_by_connection(fields)
+    kept: list[tuple[str, str]] = []
+    for name, value in fields:
+        lower = name.lower()
+        if lower in (b"x-request-id", b"request-id"):
+            kept.append(("x-upstream-request-id", _text(value)))
+        elif lower in _RESPONSE_DROP or lower in extra or _FORBIDDEN_VALUE.search(value):
+            continue
+        elif keep_ratelimit or not lower.startswith((b"x-ratelimit-", b"anthropic-ratelimit-")):
+            kept.append((_text(name), _text(value)))
+    return _first_request_id_only(kept)
+
+
+def _first_request_id_only(fields: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Anthropic sends both spellings with one value: pass it once."""
+    seen = False
+    out = []
+    for field in fields:
+        if field[0] == "x-upstream-request-id":
+            if seen:
+                continue
+            seen = True
+        out.append(field)
+    return out
+
+
+def value_of(fields: RawHeaders, name: bytes) -> bytes | None:
+    """The first field of this (lower-case) name."""
+    for field, value in fields:
+        if field.lower() == name:
+            return value
+    return None
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def client_ip(peer: str | None, forwarded_for: Iterable[str], trusted: Networks) -> str:
+    """Whom we are talking to: the right-most hop that is not one of our own proxies.
+
+    X-Forwarded-For is only believed if the socket's peer is trusted; a value that is no address ends the
+    walk, because everything left of it was written by somebody unknown.
+    """
+    if peer is None:
+        return "unix" if not trusted else _walk("unix", forwarded_for, trusted)
+    return _walk(peer, forwarded_for, trusted) if _trusted(peer, trusted) else peer
+
+
+def _walk(start: str, forwarded_for: Iterable[str], trusted: Networks) -> str:
+    address = start
+    hops = [hop.strip() for line in forwarded_for for hop in line.split(",")]
+    for hop in reversed(hops):
+        try:
+            ipaddress.ip_address(hop)
+        except ValueError:
+            return address
+        address = hop
+        if not _trusted(hop, trusted):
+            return address
+    return address
+
+
+def _trusted(address: str, trusted: Networks) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(parsed in network for network in trusted if network.version == parsed.version)

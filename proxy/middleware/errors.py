@@ -1,0 +1,51 @@
+"""Turns what is raised below into the one JSON error that the caller gets. Below here one just raises."""
+
+from __future__ import annotations
+
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from proxy.context import CONTEXT, Context
+from proxy.errors import HeadraceError, Internal, NotFound, Reason, Refused, UpstreamFailed
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    ctx = request[CONTEXT]
+    try:
+        return await handler(request)
+    except HeadraceError as error:
+        return respond(ctx, error)
+    except web.HTTPException as error:
+        # aiohttp's own router, for the few paths that reach it.
+        return respond(ctx, NotFound() if error.status == 404 else Refused(error.status))
+    except ConnectionError:
+        raise
+    except Exception:
+        structlog.get_logger().exception("internal_error", request_id=ctx.request_id)
+        if ctx.committed:
+            raise
+        return respond(ctx, Internal())
+
+
+def respond(ctx: Context, error: HeadraceError) -> web.Response:
+    """An answer of our own, in the route's dialect."""
+    ctx.reason = error.reason if error.reason is not Reason.REJECTED or ctx.attempts == 0 else ctx.reason
+    ctx.error_code = error.code
+    response = web.Response(
+        status=error.status,
+        body=error.body(ctx.dialect, ctx.request_id),
+        headers={
+            "Content-Type": "application/json",
+            "Cache-Control": "no-store",
+            **error.headers,
+        },
+    )
+    if isinstance(error, UpstreamFailed):
+        response.headers["x-headrace-upstream"] = ctx.upstream or "none"
+        response.headers["x-headrace-attempts"] = str(ctx.attempts)
+    if isinstance(error, Refused) and error.close:
+        response.force_close()
+    ctx.bytes_out = len(response.body or b"")  # type: ignore[arg-type] # bytes, as set above
+    return response

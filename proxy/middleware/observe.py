@@ -1,0 +1,104 @@
+"""The one place that measures: counts a request in, and at its end writes its metrics and its log line.
+
+`finally` covers the whole stream, because a handler of aiohttp returns after the last byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from proxy.context import CONTEXT, CORE, Context
+from proxy.core import Core
+from proxy.errors import Reason
+from proxy.log import RequestLine, timestamp
+
+#: nginx's code for "the caller closed the connection"; only in logs and metrics, never on the wire.
+_CLIENT_CLOSED = 499
+
+
+@web.middleware
+async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
+    ctx = request[CONTEXT]
+    core = request.app[CORE]
+    core.metrics.requests_in_flight.add((ctx.route,), 1)
+    core.running.add(ctx)
+    try:
+        response = await handler(request)
+        if ctx.status == 0:
+            ctx.status = response.status
+        if ctx.reason is None:
+            ctx.reason = Reason.COMPLETE
+        return response
+    except asyncio.CancelledError:
+        ctx.reason = ctx.reason or Reason.CLIENT_GONE
+        raise
+    except ConnectionError:
+        ctx.reason = Reason.CLIENT_GONE  # a write to a connection that has just closed
+        raise
+    finally:
+        core.running.discard(ctx)
+        core.metrics.requests_in_flight.add((ctx.route,), -1)
+        _settle(core, ctx, request.method)
+
+
+def _settle(core: Core, ctx: Context, method: str) -> None:
+    ended_at = monotonic()
+    reason = ctx.reason or Reason.INTERNAL_ERROR
+    if reason is Reason.CLIENT_GONE:
+        ctx.status = ctx.status or _CLIENT_CLOSED
+        core.metrics.client_disconnects.add((ctx.phase.value,))
+    _count(core, ctx, reason, ended_at)
+    core.request_log.write(_line(ctx, method, reason, ended_at))
+
+
+def _count(core: Core, ctx: Context, reason: Reason, ended_at: float) -> None:
+    metrics = core.metrics
+    upstream = ctx.upstream or "none"
+    model = ctx.model or "none"
+    metrics.requests.add((ctx.route, model, upstream, str(ctx.status), reason.value))
+    metrics.request_duration.observe((ctx.route, upstream), ended_at - ctx.started_at)
+    metrics.response_bytes.add((), ctx.bytes_out)
+    if ctx.sent_at is not None:
+        metrics.overhead.observe((), ctx.sent_at - ctx.started_at - (ctx.queue_s or 0.0))
+    if ctx.first_byte_at is not None:
+        metrics.time_to_first_byte.observe((upstream,), ctx.first_byte_at - ctx.started_at)
+    if ctx.first_token_at is not None:
+        metrics.time_to_first_token.observe((model, upstream), ctx.first_token_at - ctx.started_at)
+
+
+def _line(ctx: Context, method: str, reason: Reason, ended_at: float) -> RequestLine:
+    def since_start(moment: float | None) -> float | None:
+        return None if moment is None else round((moment - ctx.started_at) * 1000, 3)
+
+    return RequestLine(
+        ts=timestamp(),
+        level="info",
+        event="request",
+        request_id=ctx.request_id,
+        key_id=None,
+        plan=None,
+        method=method,
+        route=ctx.route,
+        model=ctx.model,
+        upstream=ctx.upstream,
+        attempts=ctx.attempts,
+        status=ctx.status,
+        reason=reason.value,
+        queue_ms=None if ctx.queue_s is None else round(ctx.queue_s * 1000, 3),
+        ttfb_ms=since_start(ctx.first_byte_at),
+        ttft_ms=since_start(ctx.first_token_at),
+        duration_ms=round((ended_at - ctx.started_at) * 1000, 3),
+        chunks=ctx.chunks,
+        bytes_in=ctx.bytes_in,
+        bytes_out=ctx.bytes_out,
+        prompt_tokens=None,
+        completion_tokens=None,
+        usage_source=None,
+        cost_usd=None,
+        client_ip=ctx.client_ip,
+        error=ctx.error_code,
+    )

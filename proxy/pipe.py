@@ -1,0 +1,356 @@
+"""Bytes from one upstream answer to one caller, and nothing else.
+
+Push: the upstream connection's `data_received` calls `feed`, which writes to the caller's transport in the
+same call; no task wakes. Pull: a loop awaits `deliver`. Per read both do one write and a few integers.
+
+Everything that can go wrong is noticed here and named (`Ending`); what it means for the request is decided
+once, in `verdict`. Timers are lazy: a read only stores its time, and the one timer of a stream, when it
+fires, looks at that time and goes back to sleep (a timer restarted per read would cost 2 us each).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import socket
+import struct
+import termios
+import time
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from proxy.errors import Reason
+from proxy.metrics import GAP_UNITS_PER_SECOND, GAPS
+from proxy.wire import End
+
+if TYPE_CHECKING:
+    from aiohttp import web
+    from aiohttp.abc import AbstractStreamWriter
+
+    from proxy.context import Context
+    from proxy.sse import Scanner
+    from proxy.upstream import Exchange
+
+#: One newline only: openai-python (3.52 and before) fails on a blank line after an event with an id.
+HEARTBEAT = b": headrace\n"
+#: How long bytes after the terminator are still delivered (contract 6.3).
+GRACE_S = 0.1
+#: uvloop's timers count whole milliseconds and may fire that much before their moment.
+TIMER_SLACK_S = 0.002
+#: A caller that does not take what is left after this is dropped.
+_LAST_FLUSH_S = 5.0
+
+_GAP_OVERFLOW = len(GAPS)
+
+
+class Ending(StrEnum):
+    """Why the bytes stopped. The first three are the upstream's doing (`wire.End`)."""
+
+    FRAMED = "framed"
+    CLOSED = "closed"
+    CUT = "cut"
+    GRACE = "grace"  # the terminator has passed, and nothing more came
+    STALL = "stall"
+    DEADLINE = "deadline"
+    SLOW_CALLER = "slow_caller"
+
+
+class Clocks(msgspec.Struct, frozen=True):
+    """The timers of one stream. Seconds; `total_at` is a moment of the loop's clock; 0 = off."""
+
+    idle_s: float
+    total_at: float
+    heartbeat_s: float
+    write_s: float
+
+
+class Pipe:
+    """One answer on its way. `scanner` is None for what is not an event stream."""
+
+    __slots__ = (
+        "_beats_at",
+        "_blocked",
+        "_clock",
+        "_clocks",
+        "_ctx",
+        "_ending",
+        "_exchange",
+        "_framing",
+        "_grace",
+        "_loop",
+        "_protocol",
+        "_response",
+        "_scan",
+        "_scanner",
+        "_timer",
+        "_transport",
+        "_wake",
+        "_writer",
+        "gaps",
+        "gaps_s",
+        "heartbeats",
+        "last_at",
+        "writes",
+    )
+
+    def __init__(
+        self,
+        ctx: Context,
+        request: web.Request,
+        response: web.StreamResponse,
+        writer: AbstractStreamWriter,
+        scanner: Scanner | None,
+        clocks: Clocks,
+    ) -> None:
+        assert request.transport is not None
+        self._ctx = ctx
+        self._protocol = request.protocol
+        self._transport = request.transport
+        self._response = response
+        self._writer = writer
+        self._framing = response.chunked
+        self._scanner = scanner
+        self._scan = scanner.feed if scanner is not None else None
+        self._clocks = clocks
+        self._loop = asyncio.get_running_loop()
+        self._clock = time.monotonic
+        self._exchange: Exchange | None = None
+        self._ending: Ending | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._grace: float | None = None  # the moment at which it ends
+        self._blocked = False
+        self.last_at = self._clock()
+        self._beats_at = self.last_at
+        self.gaps = [0] * (_GAP_OVERFLOW + 1)
+        self.gaps_s = 0.0
+        self.heartbeats = 0
+        self.writes = 0
+
+    # ── the data path ────────────────────────────────────────────────────────────────────────────────────
+
+    def feed(self, data: bytes) -> None:
+        """Push: one read of the upstream is one write to the caller."""
+        self._observe(data)
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._framing else data)
+        if self._protocol.writing_paused and not self._blocked:
+            self._block()
+
+    async def deliver(self, data: bytes) -> None:
+        """Pull: the same through aiohttp's writer, which waits for a slow caller by itself."""
+        self._observe(data)
+        await self._write_patiently(data)
+
+    def _observe(self, data: bytes) -> None:
+        now = self._clock()
+        gap = now - self.last_at
+        self.last_at = now
+        if self.writes:
+            slot = int(gap * GAP_UNITS_PER_SECOND).bit_length()
+            self.gaps[slot if slot < _GAP_OVERFLOW else _GAP_OVERFLOW] += 1
+            self.gaps_s += gap
+        self.writes += 1
+        self._ctx.bytes_out += len(data)
+        if self._scan is not None:
+            self._scan(data)
+            if self._ctx.first_token_at is None or self._scanner.terminated:  # type: ignore[union-attr]
+                self._landmark(now)
+
+    def _landmark(self, now: float) -> None:
+        scanner = self._scanner
+        assert scanner is not None
+        if self._ctx.first_token_at is None and scanner.first_token:
+            self._ctx.first_token_at = now
+        if scanner.terminated and self._grace is None:
+            self._grace = now + GRACE_S
+            self._arm()
+
+    def end(self, how: End) -> None:
+        """The upstream's side is over."""
+        self._finish(Ending(how.value))
+
+    # ── waiting ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def run(self, exchange: Exchange) -> None:
+        """Returns when the answer is over, for whatever reason; cancelled when the caller leaves."""
+        self._exchange = exchange
+        try:
+            if exchange.pushes:
+                self._arm()
+            await exchange.pump(self)
+            while self._ending is None:
+                self._wake = self._loop.create_future()
+                await self._wake
+                if self._blocked:
+                    await self._drain(exchange)
+        finally:
+            self._exchange = None
+            if self._timer is not None:
+                self._timer.cancel()
+            self._ctx.chunks = self.writes
+
+    @property
+    def finished(self) -> bool:
+        return self._ending is not None
+
+    def _finish(self, ending: Ending) -> None:
+        if self._ending is None:
+            self._ending = ending
+            self._notify()
+
+    def _notify(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def _block(self) -> None:
+        """The caller is slower than the upstream: stop reading until its buffer has drained."""
+        assert self._exchange is not None
+        self._blocked = True
+        self._exchange.pause()
+        self._notify()
+
+    async def _drain(self, exchange: Exchange) -> None:
+        try:
+            async with asyncio.timeout(self._clocks.write_s):
+                await self._writer.drain()
+        except TimeoutError:
+            self._finish(Ending.SLOW_CALLER)
+            return
+        self._blocked = False
+        self.last_at = self._clock()  # the silence was ours, not the upstream's
+        exchange.resume()
+
+    async def _write_patiently(self, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._clocks.write_s):
+                await self._response.write(data)
+        except TimeoutError:
+            self._finish(Ending.SLOW_CALLER)
+
+    # ── timers ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def next_at(self) -> float:
+        """The moment at which something may be due."""
+        clocks = self._clocks
+        if self._blocked:
+            return clocks.total_at
+        moment = min(clocks.total_at, self.last_at + clocks.idle_s)
+        if self._grace is not None:
+            return min(moment, self._grace)
+        if clocks.heartbeat_s and self._scanner is not None:
+            # A beat that could not be sent (mid-event) must not make the timer fire again at once.
+            moment = min(moment, max(self.last_at, self._beats_at) + clocks.heartbeat_s)
+        return moment
+
+    def _due(self) -> bool:
+        """Ends the answer if a deadline has passed; True if a heartbeat should be sent now."""
+        now = self._clock() + TIMER_SLACK_S
+        clocks = self._clocks
+        if self._grace is not None and now >= self._grace:
+            self._finish(Ending.GRACE)
+        elif now >= clocks.total_at:
+            self._finish(Ending.DEADLINE)
+        elif self._blocked:
+            pass
+        elif now >= self.last_at + clocks.idle_s:
+            self._finish(Ending.STALL)
+        elif self._beat_is_due(now):
+            self._beats_at = now
+            assert self._scanner is not None
+            return self._scanner.at_boundary()
+        return False
+
+    def _beat_is_due(self, now: float) -> bool:
+        every_s = self._clocks.heartbeat_s
+        if not every_s or self._scanner is None or self._grace is not None:
+            return False
+        return now >= max(self.last_at, self._beats_at) + every_s
+
+    def _arm(self) -> None:
+        if self._exchange is None or not self._exchange.pushes:
+            return  # a pull loop asks `next_at` itself
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(max(0.0, self.next_at() - self._clock()), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self._due():
+            self.heartbeats += 1
+            self._transport.write(
+                b"%x\r\n%b\r\n" % (len(HEARTBEAT), HEARTBEAT) if self._framing else HEARTBEAT
+            )
+        if self._ending is None:
+            self._arm()
+
+    async def tick_deliver(self) -> None:
+        """Pull: the same when the wait for the next read ran out."""
+        if self._due():
+            self.heartbeats += 1
+            await self._write_patiently(HEARTBEAT)
+
+    # ── the end ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def verdict(self) -> Reason:
+        """What the ending means (contract section 6, rules 2 and 3)."""
+        ending = self._ending
+        if ending is Ending.GRACE:
+            return Reason.COMPLETE
+        if ending is Ending.STALL:
+            return Reason.UPSTREAM_STALL
+        if ending is Ending.DEADLINE:
+            return Reason.DEADLINE
+        if ending is Ending.SLOW_CALLER:
+            return Reason.CLIENT_GONE
+        if self._scanner is None:
+            return Reason.UPSTREAM_CUT if ending is Ending.CUT else Reason.COMPLETE
+        if self._scanner.in_band_error():
+            return Reason.UPSTREAM_ERROR
+        if self._scanner.succeeded(framed=ending is Ending.FRAMED):
+            return Reason.COMPLETE
+        return Reason.UPSTREAM_CUT
+
+    @property
+    def framed(self) -> bool:
+        """Did the upstream itself end its answer in good order?"""
+        return self._ending is Ending.FRAMED
+
+    def takes_event(self) -> bool:
+        """May an event of ours still be added?"""
+        return self._scanner is not None and self._scanner.at_boundary()
+
+
+def break_off(transport: asyncio.Transport, *, chunked: bool) -> None:
+    """Ends a connection whose answer is not complete, so that nobody can take it for a complete one.
+
+    What was written is still delivered. With chunked framing the missing last chunk tells; without framing
+    (HTTP/1.0) only a reset does, and it is sent once the peer has acknowledged what came before, because a
+    reset discards the rest of our send buffer.
+    """
+    loop = asyncio.get_running_loop()
+    if chunked:
+        transport.close()
+        loop.call_later(_LAST_FLUSH_S, transport.abort)
+    else:
+        _reset_when_flushed(transport, loop, loop.time() + _LAST_FLUSH_S)
+
+
+def _reset_when_flushed(
+    transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, give_up_at: float
+) -> None:
+    sock = transport.get_extra_info("socket")
+    if sock is None or transport.is_closing():
+        transport.abort()
+        return
+    try:
+        unacknowledged = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
+    except OSError:
+        unacknowledged = 0
+    if (transport.get_write_buffer_size() or unacknowledged) and loop.time() < give_up_at:
+        loop.call_later(0.01, _reset_when_flushed, transport, loop, give_up_at)
+        return
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()

@@ -1,0 +1,126 @@
+"""Where an event stream stands: at an event boundary, past its first token, past its terminator.
+
+No event is parsed while it passes. The scanner keeps the last few kilobytes and asks three questions:
+
+- per read, one substring search: has the terminator of this dialect come by?
+- per read until it is answered: was there a first token (content, reasoning or a tool call)?
+- once, at the end: is this an event boundary, was there a finish_reason, was there an in-band error?
+
+Everything is anchored to line starts (`data:` or `event:`), and JSON strings cannot hold a bare quote or a
+line end, so text that merely talks about `[DONE]` or `"error"` is never mistaken for the real thing. The
+answers do not depend on how the bytes were cut into reads (tests/test_sse.py draws the cuts).
+"""
+
+from __future__ import annotations
+
+import re
+
+from proxy.errors import Dialect
+
+#: A usage or error event is a few hundred bytes; the rest is slack for a long last content event.
+_KEEP = 2048
+_LIMIT = 2 * _KEEP
+
+_NEEDLES: dict[Dialect, tuple[bytes, ...]] = {
+    Dialect.OPENAI: (b"[DONE]",),
+    Dialect.ANTHROPIC: (b"message_stop",),
+    Dialect.RESPONSES: (b"response.completed", b"response.failed", b"response.incomplete"),
+}
+_TERMINATORS: dict[Dialect, re.Pattern[bytes]] = {
+    Dialect.OPENAI: re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]"),
+    Dialect.ANTHROPIC: re.compile(
+        rb'(?:\A|[\r\n])(?:event: ?message_stop[\r\n]|data: ?\{\s*"type": ?"message_stop")'
+    ),
+    Dialect.RESPONSES: re.compile(
+        rb"(?:\A|[\r\n])(?:event: ?response\.(?:completed|failed|incomplete)[\r\n]"
+        rb'|data: ?\{\s*"type": ?"response\.(?:completed|failed|incomplete)")'
+    ),
+}
+
+# The first delta that is worth showing, in all three dialects; a role-only chunk has "content":"".
+_FIRST_TOKEN = re.compile(
+    rb'"(?:content|reasoning|reasoning_content|thinking|text|delta|arguments|partial_json)": ?"[^"]'
+    rb'|"(?:tool_calls|function_call)": ?[\[{]|"type": ?"tool_use"'
+)
+_FIRST_TOKEN_REACH = 48  # a match is at most this long: how far to look back over a cut
+_FINISH_REASON = re.compile(rb'"finish_reason": ?"[^"]')
+_IN_BAND_ERROR = re.compile(
+    rb"(?:\A|[\r\n])(?:event: ?error[\r\n]"
+    rb'|data: ?\{\s*"error": ?["{]'
+    rb'|data: ?\{\s*"(?:type|object)": ?"error")'
+)
+
+
+class Scanner:
+    """Follows one event stream; `feed` gets the bytes exactly as they arrived.
+
+    terminated: the terminator has passed (for two dialects: its whole event).
+    first_token: something worth showing has passed.
+    """
+
+    __slots__ = ("_announced", "_needles", "_reach", "_tail", "_terminator", "first_token", "terminated")
+
+    def __init__(self, dialect: Dialect, *, expects_terminator: bool) -> None:
+        self._tail = bytearray()
+        self._needles = _NEEDLES[dialect] if expects_terminator else ()
+        self._reach = max((len(needle) for needle in self._needles), default=0)
+        self._terminator = _TERMINATORS[dialect]
+        self._announced = False
+        self.terminated = False
+        self.first_token = False
+
+    def feed(self, data: bytes) -> None:
+        """Takes one read. Everything here is on the data path: keep it to a few C calls."""
+        tail = self._tail
+        if len(tail) + len(data) > _LIMIT:
+            self._shorten(data)
+        fresh = len(tail)
+        tail += data
+        if not self.first_token:
+            self.first_token = _FIRST_TOKEN.search(tail, max(0, fresh - _FIRST_TOKEN_REACH)) is not None
+        start = fresh - self._reach if fresh > self._reach else 0
+        for needle in self._needles:
+            if tail.find(needle, start) >= 0:
+                self._announced = self._announced or self._terminator.search(tail) is not None
+        if self._announced and not self.terminated:
+            self.terminated = self._ends_stream()
+
+    def _shorten(self, data: bytes) -> None:
+        """Makes room; a read longer than the tail is searched whole before its head is forgotten."""
+        tail = self._tail
+        if not self.first_token and _FIRST_TOKEN.search(data):
+            self.first_token = True
+        if any(needle in data for needle in self._needles) and self._terminator.search(bytes(tail) + data):
+            self._announced = True
+        del tail[: max(0, len(tail) - _KEEP)]
+
+    def _ends_stream(self) -> bool:
+        # [DONE] counts as soon as it is there, with or without its blank line (contract 6.3); the other two
+        # terminators are events with data of their own, which has to arrive as well.
+        return self._needles == _NEEDLES[Dialect.OPENAI] or self.at_boundary()
+
+    def at_boundary(self) -> bool:
+        """Is the stream between two events, so that a comment or an event may be added?
+
+        A lone CR at the end may be half of a CRLF, so it only counts after another CR.
+        """
+        tail = self._tail[-3:]
+        if not tail:
+            return True
+        if tail.endswith(b"\n"):
+            return tail.endswith((b"\n\n", b"\n\r\n", b"\r\r\n"))
+        return tail.endswith(b"\r\r")
+
+    def succeeded(self, *, framed: bool) -> bool:
+        """Did the stream end well? `framed`: HTTP's own framing says that the body was complete."""
+        if not self._needles:
+            return framed
+        if self.terminated:
+            return True
+        if self._announced and self._tail.rstrip(b"\r\n").endswith(b"}"):
+            return True  # the last event lacks only its blank line
+        return framed and _FINISH_REASON.search(self._tail) is not None
+
+    def in_band_error(self) -> bool:
+        """Did the upstream report an error inside the stream?"""
+        return _IN_BAND_ERROR.search(self._tail) is not None

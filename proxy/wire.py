@@ -1,0 +1,389 @@
+"""One HTTP/1.1 exchange on a connection of aiohttp's pool, below `ClientSession`.
+
+Why not `ClientSession.request`: it costs 110 to 180 us a request and wakes a task for every read (measured;
+see README, "Where the time goes"). Here the pool, TLS, DNS and happy eyeballs stay TCPConnector's, framing
+and its checks stay the C parser's, and only the object that the parser feeds is ours: body bytes go from
+`data_received` straight to a sink, without waking a task.
+
+All private names of aiohttp's client are in this file. `self_check` tries them once at start; if one has
+changed its meaning, `upstream.py` uses the public way instead. The stream tests run over both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from enum import StrEnum
+from typing import Any, ClassVar, Protocol
+
+from aiohttp import ClientTimeout, TCPConnector, http_parser
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ClientRequest
+from aiohttp.connector import Connection as PooledConnection
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from yarl import URL
+
+from proxy.errors import UpstreamInvalid, UpstreamUnreachable
+from proxy.headers import RawHeaders, value_of
+
+#: Bytes of a body that may wait for somebody to take them before the upstream is paused.
+HELD_LIMIT = 65536
+#: Some providers send more than 8 KiB of headers; beyond this an answer is invalid.
+_MAX_HEAD_BYTES = 65536
+#: Above this, copying the body behind the head costs more than a second write.
+_JOIN_LIMIT = 65536
+#: StreamReader pauses its parser at twice this many bytes or a sixteenth as many chunks: more than one read
+#: of the socket (256 KiB) can bring, because the first read of an answer still passes through it.
+_PARSER_LIMIT = 2**20
+
+
+class End(StrEnum):
+    """How the bytes of an answer ended."""
+
+    FRAMED = "framed"  # HTTP's own framing says that it is complete
+    CLOSED = "closed"  # no framing, and the upstream closed in good order
+    CUT = "cut"  # everything else
+
+
+class Sink(Protocol):
+    """Takes the bytes of an answer as they arrive."""
+
+    def feed(self, data: bytes) -> None: ...
+
+    def end(self, how: End) -> None: ...
+
+
+class _Body(StreamReader):
+    """What the C parser feeds instead of a StreamReader.
+
+    The parser makes the reader itself, so its class is replaced once the head is there; `__slots__` is empty
+    because only classes of one layout can replace each other.
+    """
+
+    __slots__ = ()
+
+    def feed_data(self, data: bytes, size: int = 0) -> bool:
+        self._protocol.pieces.append(data)  # type: ignore[attr-defined]
+        return False
+
+    def feed_eof(self) -> None:
+        self._eof = True
+        self._protocol.complete = True  # type: ignore[attr-defined]
+
+    def set_exception(self, exc: BaseException, exc_cause: BaseException | None = None) -> None:
+        pass  # the parser raises the same error out of feed_data
+
+    def begin_http_chunk_receiving(self) -> None:
+        pass
+
+    def end_http_chunk_receiving(self) -> None:
+        pass
+
+
+class WireConnection(ResponseHandler):
+    """A pooled connection. It serves one exchange at a time; between two it takes no bytes at all."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.made_at = loop.time()
+        self.used = False
+        self.exchange: WireExchange | None = None
+        self.pieces: list[bytes] = []
+        self.complete = False
+
+    def begin(self, exchange: WireExchange) -> None:
+        self.exchange = exchange
+        self.complete = False
+        self.set_response_params(
+            read_until_eof=True,
+            auto_decompress=False,
+            read_bufsize=_PARSER_LIMIT,
+            max_line_size=_MAX_HEAD_BYTES,
+            max_field_size=_MAX_HEAD_BYTES,
+        )
+
+    def data_received(self, data: bytes) -> None:
+        exchange = self.exchange
+        if exchange is None:
+            self._unsolicited()
+            return
+        fault: Exception | None = None
+        try:
+            messages, upgraded, _ = self._parser.feed_data(data)  # type: ignore[union-attr]
+            if messages:
+                self._took_heads(exchange, messages, upgraded)
+        except Exception as error:  # the parser's own kinds, and what a broken one may raise
+            fault = error
+        if self.pieces:
+            exchange.received()
+        if fault is not None:
+            self.force_close()
+            exchange.failed(fault)
+        elif self.complete:
+            exchange.ended(End.FRAMED)
+
+    def _unsolicited(self) -> None:
+        """Bytes that answer no request: a connection in this state must not be used again (RFC 9112 9.2)."""
+        self.force_close()
+        if self.transport is not None:
+            self.transport.close()
+
+    def _took_heads(
+        self, exchange: WireExchange, messages: list[tuple[Any, StreamReader]], upgraded: bool
+    ) -> None:
+        for message, payload in messages:
+            if 100 <= message.code < 200 and message.code != 101:
+                continue  # interim answers stop here (RFC 9110 15.2)
+            if exchange.answered:
+                self.force_close()  # a second answer to one request
+                return
+            if message.should_close or upgraded:
+                self.force_close()
+            exchange.took_head(message)
+            self._take_over(payload)
+
+    def _take_over(self, payload: StreamReader) -> None:
+        """From here on the parser feeds us; what it already fed in this call is moved over."""
+        if payload is EMPTY_PAYLOAD:
+            self.complete = True
+            return
+        self.pieces.extend(payload._buffer)
+        self.complete = payload._eof
+        payload.__class__ = _Body
+
+    def pause_reading(self) -> None:
+        # Not the parser: it would keep a tail that nobody asks it for.
+        self._pause_transport_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        self._resume_transport_reading()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        exchange = self.exchange
+        was_complete = self.complete
+        super().connection_lost(exc)  # for a close-delimited body this feeds the end of file
+        if exchange is not None and not was_complete:
+            # The parser takes an RST for the end of a close-delimited body (measured on 3.14.5): only the
+            # transport knows better.
+            exchange.ended(End.CLOSED if self.complete and exc is None else End.CUT)
+
+
+class WireExchange:
+    """One request and its answer."""
+
+    pushes: ClassVar[bool] = True
+
+    def __init__(self, pool: WirePool, head: bytes, body: bytes) -> None:
+        self._pool = pool
+        self._head = head
+        self._body = body
+        self._connection: PooledConnection | None = None
+        self._protocol: WireConnection | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._wanted = 1
+        self._end: End | None = None
+        self._fault: Exception | None = None
+        self._sink: Sink | None = None
+        self.answered = False
+        self.reused = False
+        self.status = 0
+        self.reason = ""
+        self.fields: RawHeaders = ()
+        self.framed = False
+
+    # ── called by the attempt ────────────────────────────────────────────────────────────────────────────
+
+    async def send(self) -> None:
+        """Takes a connection and writes the whole request. Raises aiohttp's connection errors."""
+        connection = await self._pool.acquire()
+        protocol = connection.protocol
+        assert isinstance(protocol, WireConnection)
+        assert protocol.transport is not None
+        self._connection = connection
+        self._protocol = protocol
+        self.reused = protocol.used
+        protocol.used = True
+        protocol.begin(self)
+        if len(self._body) <= _JOIN_LIMIT:
+            protocol.transport.write(self._head + self._body)
+        else:
+            protocol.transport.write(self._head)
+            protocol.transport.write(self._body)
+
+    async def hold(self, size: int) -> None:
+        """Waits until `size` bytes of the body are here, or its end; may be cancelled and called again."""
+        self._wanted = size
+        while self._end is None and self._held() < size:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if not self.answered:
+            raise UpstreamInvalid if self._fault is not None else UpstreamUnreachable
+        if self._end is End.CUT and not self._held():
+            raise UpstreamInvalid
+
+    def taken(self) -> tuple[bytes, End | None]:
+        """The bytes that are here, and the end if it is known."""
+        assert self._protocol is not None
+        body = b"".join(self._protocol.pieces)
+        self._protocol.pieces.clear()
+        return body, self._end
+
+    async def pump(self, sink: Sink) -> None:
+        """Hands everything to the sink, from the very call in which it arrives; returns at once."""
+        body, end = self.taken()
+        if body:
+            sink.feed(body)
+        if end is not None:
+            sink.end(end)
+            return
+        self._sink = sink
+        self.resume()
+
+    def pause(self) -> None:
+        if self._protocol is not None:
+            self._protocol.pause_reading()
+
+    def resume(self) -> None:
+        if self._protocol is not None:
+            self._protocol.resume_reading()
+
+    def close(self) -> None:
+        """Gives the connection back if its answer is complete, else ends it at once. Never blocks."""
+        connection, protocol = self._connection, self._protocol
+        self._sink = None
+        if connection is None or protocol is None:
+            return
+        self._connection = self._protocol = None
+        protocol.exchange = None
+        protocol.pieces = []
+        unsent = protocol.transport is None or protocol.transport.get_write_buffer_size() > 0
+        if self._end is End.FRAMED and not unsent and not self._pool.too_old(protocol):
+            protocol.resume_reading()
+            connection.release()
+        else:
+            protocol.abort()  # close() would wait for a TLS goodbye or for a full send buffer
+            connection.close()
+
+    # ── called by the connection ─────────────────────────────────────────────────────────────────────────
+
+    def took_head(self, message: Any) -> None:
+        self.answered = True
+        self.status = message.code
+        self.reason = message.reason
+        self.fields = message.raw_headers
+        self.framed = bool(message.chunked) or value_of(message.raw_headers, b"content-length") is not None
+
+    def received(self) -> None:
+        protocol = self._protocol
+        assert protocol is not None
+        pieces = protocol.pieces
+        sink = self._sink
+        if sink is not None:
+            # One write for everything that one read brought.
+            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
+            sink.feed(data)
+            return
+        held = self._held()
+        if held >= HELD_LIMIT:
+            protocol.pause_reading()
+        if held >= self._wanted:
+            self._wake()
+
+    def ended(self, how: End) -> None:
+        if self._end is not None:
+            return
+        self._end = how
+        if self._sink is not None:
+            self._sink.end(how)
+        self._wake()
+
+    def failed(self, fault: Exception) -> None:
+        self._fault = fault
+        self.ended(End.CUT)
+
+    def _held(self) -> int:
+        pieces = self._protocol.pieces if self._protocol is not None else ()
+        return len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class WirePool:
+    """Connections of one upstream, taken from TCPConnector without a ClientRequest of their own."""
+
+    def __init__(self, connector: TCPConnector, base_url: URL, *, connect_s: float, max_age_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        connector._factory = functools.partial(WireConnection, loop=loop)  # type: ignore[assignment]
+        self._connector = connector
+        self._loop = loop
+        self._template = ClientRequest("POST", base_url, loop=loop)
+        self._timeout = ClientTimeout(connect=connect_s, sock_connect=connect_s)
+        self._max_age_s = max_age_s
+
+    async def acquire(self) -> PooledConnection:
+        """An idle connection that is young enough, or a new one."""
+        while True:
+            connection = await self._connector.connect(self._template, [], self._timeout)
+            protocol = connection.protocol
+            assert isinstance(protocol, WireConnection)
+            if not (protocol.used and self.too_old(protocol)):
+                return connection
+            connection.close()
+
+    def too_old(self, protocol: WireConnection) -> bool:
+        """An address that DNS no longer gives is only left when its connections end."""
+        return self._loop.time() - protocol.made_at > self._max_age_s
+
+    def counts(self) -> tuple[int, int]:
+        """Connections in use, and idle ones."""
+        connector = self._connector
+        return len(connector._acquired), sum(len(idle) for idle in connector._conns.values())
+
+
+class _Probe:
+    """A sink for the self-check."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.how: End | None = None
+
+    def feed(self, data: bytes) -> None:
+        self.data += data
+
+    def end(self, how: End) -> None:
+        self.how = how
+
+
+_CHECK_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def self_check(loop: asyncio.AbstractEventLoop) -> str | None:
+    """Feeds a canned answer to a connection; None if every private name still means what it did, else why."""
+    try:
+        connection = WireConnection(loop)
+        exchange = WireExchange(None, b"", b"")  # type: ignore[arg-type] # no pool: nothing is acquired
+        exchange._protocol = connection
+        connection.begin(exchange)
+        connection.data_received(_CHECK_HEAD + b"2\r\nab\r\n")
+        probe = _Probe()
+        exchange._sink = probe
+        exchange.received()
+        connection.data_received(b"2\r\ncd\r\n1\r\ne\r\n")
+        middle = probe.data
+        connection.data_received(b"0\r\n\r\n")
+    except Exception as error:
+        return f"{type(error).__name__}"
+    if (exchange.status, middle, probe.data, probe.how) != (200, b"abcde", b"abcde", End.FRAMED):
+        return "the parser feeds its payload differently"
+    return None
+
+
+def c_parser_loaded() -> bool:
+    """The pure-Python parser has had several request-smuggling holes that the C one does not share."""
+    return http_parser.HttpRequestParser is not http_parser.HttpRequestParserPy
