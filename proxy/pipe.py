@@ -110,6 +110,7 @@ class Pipe:
         self._transport = request.transport
         self._response = response
         self._writer = writer
+        self._transport.set_write_buffer_limits(high=0)
         self._framing = response.chunked
         self._scanner = scanner
         self._scan = scanner.feed if scanner is not None else None

@@ -1,0 +1,200 @@
+"""Headrace under test: inside this process (fast, inspectable) or as the command (signals, files)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import yaml
+
+from proxy import config, log
+from proxy.server import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class ListSink(log.Sink):
+    """The real sink, writing into a list as well as nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.lines: list[bytes] = []
+
+    def _write_batch(self, lines: list[bytes]) -> None:
+        self.lines.extend(lines)
+        self._writing -= len(lines)
+
+
+class Headrace:
+    """A running server inside this process."""
+
+    def __init__(self, server: Server, sink: ListSink) -> None:
+        self.server = server
+        self.sink = sink
+
+    @property
+    def port(self) -> int:
+        return self.server.port
+
+    @property
+    def url(self) -> str:
+        return self.server.address()
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.url}/v1"
+
+    @property
+    def admin_url(self) -> str:
+        return f"http://127.0.0.1:{self.server.admin_port}"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.server.state()
+
+    def log_lines(self, event: str = "request") -> list[dict[str, Any]]:
+        """All lines so far, those still waiting for the writer included."""
+        waiting = [line for line in self.sink._pending]
+        documents = [msgspec.json.decode(line) for line in [*self.sink.lines, *waiting]]
+        return [document for document in documents if document["event"] == event]
+
+    async def metrics(self) -> dict[str, float]:
+        """Every sample as `name{labels}` -> value."""
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"{self.admin_url}/metrics") as response,
+        ):
+            text = await response.text()
+        samples = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples if name}
+
+    async def quiet(self, timeout_s: float = 5.0) -> None:
+        """Waits until nothing is going on; fails with the state if that does not come."""
+        await until(
+            lambda: not any(
+                self.state[name]
+                for name in ("in_flight", "streams", "permits", "queued", "reservations", "upstream_connections")
+            ),
+            timeout_s,
+            lambda: str(self.state),
+        )
+
+
+async def until(
+    condition: Callable[[], bool], timeout_s: float = 5.0, describe: Callable[[], str] = lambda: ""
+) -> None:
+    """Waits for a condition that nothing signals, looking often; fails after `timeout_s`."""
+    limit = asyncio.get_running_loop().time() + timeout_s
+    while not condition():
+        assert asyncio.get_running_loop().time() < limit, f"did not become true in {timeout_s} s: {describe()}"
+        await asyncio.sleep(0.005)
+
+
+def settings_for(upstream_url: str, **sections: Any) -> dict[str, Any]:
+    """A configuration with the model `m` on the upstream `up`; sections are merged one level deep.
+
+    `upstream` adds to the upstream's own section; everything else is a top-level section.
+    """
+    upstream = {"base_url": upstream_url, "api_key": "upstream-secret", **sections.pop("upstream", {})}
+    return {
+        "listen": "127.0.0.1:0",
+        "admin": "127.0.0.1:0",
+        "auth": {"mode": "open"},
+        "upstreams": {"up": upstream},
+        "models": {"m": {"upstreams": ["up"]}},
+        **sections,
+    }
+
+
+@asynccontextmanager
+async def running(
+    settings: Mapping[str, Any], *, push: bool = True, environ: Mapping[str, str] | None = None
+) -> AsyncIterator[Headrace]:
+    """Starts a Headrace in this process and stops it; fails if it leaves anything behind."""
+    parsed = config.parse(yaml.safe_dump(dict(settings)), "test.yaml", environ or {})
+    _, _ = log.configure(path=None, level="info", text=False)
+    sink = ListSink()
+    request_log = log.RequestLog(sink, text=False, enabled=True)
+    server = Server(parsed, sink, request_log, push=push)
+    try:
+        await server.start()
+        yield Headrace(server, sink)
+    finally:
+        await server.close()
+        sink.close()
+
+
+class Command:
+    """`headrace …` as a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._readers: list[asyncio.Task[None]] = []
+
+    async def _collect(self, stream: asyncio.StreamReader, into: list[str]) -> None:
+        while line := await stream.readline():
+            into.append(line.decode().rstrip("\n"))
+
+    def collect(self) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        loop = asyncio.get_running_loop()
+        self._readers = [
+            loop.create_task(self._collect(self.process.stdout, self.out)),
+            loop.create_task(self._collect(self.process.stderr, self.err)),
+        ]
+
+    async def line(self, pattern: str, timeout_s: float = 10.0) -> re.Match[str]:
+        """The first line on standard error or output that matches."""
+        found: list[re.Match[str]] = []
+
+        def look() -> bool:
+            found[:] = [m for text in [*self.err, *self.out] if (m := re.search(pattern, text))]
+            return bool(found) or self.process.returncode is not None
+
+        await until(look, timeout_s, lambda: "\n".join([*self.err, *self.out]))
+        assert found, f"ended with {self.process.returncode}:\n" + "\n".join([*self.err, *self.out])
+        return found[0]
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def ended(self, timeout_s: float = 10.0) -> int:
+        async with asyncio.timeout(timeout_s):
+            code = await self.process.wait()
+            await asyncio.gather(*self._readers)
+        return code
+
+
+@asynccontextmanager
+async def command(*words: str, environ: Mapping[str, str] | None = None) -> AsyncIterator[Command]:
+    """Runs `python -m proxy WORDS`; killed at the end if it still runs."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "proxy",
+        *words,
+        cwd=ROOT,
+        env={**os.environ, **(environ or {})},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    running_command = Command(process)
+    running_command.collect()
+    try:
+        yield running_command
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await running_command.ended()
