@@ -69,19 +69,30 @@ class Scanner:
         self.terminated = False
         self.first_token = False
 
-    def feed(self, data: bytes) -> None:
-        """Takes one read. Everything here is on the data path: keep it to a few C calls."""
+    def feed(self, data: bytes) -> bool:
+        """Takes one read; True if it may have brought the first token or the terminator.
+
+        Everything here is on the data path: a few C calls for a read that brings neither.
+        """
         tail = self._tail
-        if len(tail) + len(data) > _LIMIT:
-            self._shorten(data)
         fresh = len(tail)
+        if fresh + len(data) > _LIMIT:
+            self._shorten(data)
+            fresh = len(tail)
         tail += data
-        if not self.first_token:
-            self.first_token = _FIRST_TOKEN.search(tail, max(0, fresh - _FIRST_TOKEN_REACH)) is not None
         start = fresh - self._reach if fresh > self._reach else 0
         for needle in self._needles:
             if tail.find(needle, start) >= 0:
                 self._announced = self._announced or self._terminator.search(tail) is not None
+        if self.first_token and not self._announced:
+            return False
+        self._look(fresh)
+        return True
+
+    def _look(self, fresh: int) -> None:
+        if not self.first_token:
+            start = max(0, fresh - _FIRST_TOKEN_REACH)
+            self.first_token = _FIRST_TOKEN.search(self._tail, start) is not None
         if self._announced and not self.terminated:
             self.terminated = self._ends_stream()
 

@@ -73,11 +73,9 @@ class _Body(StreamReader):
     def set_exception(self, exc: BaseException, exc_cause: BaseException | None = None) -> None:
         pass  # the parser raises the same error out of feed_data
 
-    def begin_http_chunk_receiving(self) -> None:
-        pass
-
-    def end_http_chunk_receiving(self) -> None:
-        pass
+    # Called around every chunk; a C function that does nothing costs a third of a Python one.
+    begin_http_chunk_receiving = staticmethod(int)  # type: ignore[assignment]
+    end_http_chunk_receiving = staticmethod(int)  # type: ignore[assignment]
 
 
 class WireConnection(ResponseHandler):
@@ -114,8 +112,16 @@ class WireConnection(ResponseHandler):
                 self._took_heads(exchange, messages, upgraded)
         except Exception as error:  # the parser's own kinds, and what a broken one may raise
             fault = error
-        if self.pieces:
-            exchange.received()
+        pieces = self.pieces
+        if pieces:
+            sink = exchange.sink
+            if sink is None:
+                exchange.received()
+            else:
+                # One write for everything that one read brought.
+                body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                pieces.clear()
+                sink.feed(body)
         if fault is not None:
             self.force_close()
             exchange.failed(fault)
@@ -183,7 +189,7 @@ class WireExchange:
         self._wanted = 1
         self._end: End | None = None
         self._fault: Exception | None = None
-        self._sink: Sink | None = None
+        self.sink: Sink | None = None
         self.answered = False
         self.reused = False
         self.status = 0
@@ -239,7 +245,7 @@ class WireExchange:
         if end is not None:
             sink.end(end)
             return
-        self._sink = sink
+        self.sink = sink
         self.resume()
 
     def pause(self) -> None:
@@ -253,7 +259,7 @@ class WireExchange:
     def close(self) -> None:
         """Gives the connection back if its answer is complete, else ends it at once. Never blocks."""
         connection, protocol = self._connection, self._protocol
-        self._sink = None
+        self.sink = None
         if connection is None or protocol is None:
             return
         self._connection = self._protocol = None
@@ -277,16 +283,9 @@ class WireExchange:
         self.framed = bool(message.chunked) or value_of(message.raw_headers, b"content-length") is not None
 
     def received(self) -> None:
+        """Bytes came that nobody takes yet."""
         protocol = self._protocol
         assert protocol is not None
-        pieces = protocol.pieces
-        sink = self._sink
-        if sink is not None:
-            # One write for everything that one read brought.
-            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-            pieces.clear()
-            sink.feed(data)
-            return
         held = self._held()
         if held >= HELD_LIMIT:
             protocol.pause_reading()
@@ -297,8 +296,8 @@ class WireExchange:
         if self._end is not None:
             return
         self._end = how
-        if self._sink is not None:
-            self._sink.end(how)
+        if self.sink is not None:
+            self.sink.end(how)
         self._wake()
 
     def failed(self, fault: Exception) -> None:
@@ -372,8 +371,8 @@ def self_check(loop: asyncio.AbstractEventLoop) -> str | None:
         connection.begin(exchange)
         connection.data_received(_CHECK_HEAD + b"2\r\nab\r\n")
         probe = _Probe()
-        exchange._sink = probe
-        exchange.received()
+        probe.feed(exchange.taken()[0])
+        exchange.sink = probe
         connection.data_received(b"2\r\ncd\r\n1\r\ne\r\n")
         middle = probe.data
         connection.data_received(b"0\r\n\r\n")

@@ -1,0 +1,46 @@
+# Two commands matter: `make run` and `make test`. Both make .venv first if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8080
+ADMIN_PORT ?= 9464
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-all check fmt clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+run: $(VENV)/run.stamp ## start Headrace on 127.0.0.1:8080 (PORT=, ADMIN_PORT=, CONFIG= change that)
+	@exec $(BIN)/headrace serve $(if $(CONFIG),-c $(CONFIG)) $(if $(filter command line environment,$(origin PORT)),--listen 127.0.0.1:$(PORT)) $(if $(filter command line environment,$(origin ADMIN_PORT)),--admin 127.0.0.1:$(ADMIN_PORT))
+
+test: $(VENV)/test.stamp ## the whole suite, against real parts
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/test.stamp ## the suite with its long tables, matrices and soaks
+	$(BIN)/python -m pytest
+
+check: $(VENV)/test.stamp ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict proxy
+
+fmt: $(VENV)/test.stamp ## format in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "headrace: Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11 …"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "headrace: no venv module: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/run.stamp: setup.cfg pyproject.toml | $(VENV)/bin/python
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/test.stamp: setup.cfg pyproject.toml | $(VENV)/bin/python
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,check,redis]'
+	@touch $@ $(VENV)/run.stamp
