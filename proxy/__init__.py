@@ -4,6 +4,8 @@ Reading order, one line a module; imports only go upwards in this list.
 
 rules (no I/O, no clock of their own)
     errors      what can go wrong, whose fault it is, what the caller is told
+    address     listener addresses as people write them
+    yamlstruct  YAML text into Structs, with the path of every mistake
     config      the configuration: its Structs, its defaults, its checks
     endpoints   the allow-list of methods and paths
     headers     which fields cross the proxy

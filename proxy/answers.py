@@ -54,7 +54,7 @@ def checked_body(status: int, body: bytes) -> bytes:
 
 
 def _from_array(body: bytes) -> bytes:
-    """Gemini: `[{"error": {"code": 400, "message": …, "status": "INVALID_ARGUMENT"}}]`; SDKs look for an object."""
+    """Gemini: `[{"error": {"code": 400, "message": …, "status": "INVALID…"}}]`; SDKs want an object."""
     document = _decoded(body)
     if not (isinstance(document, list) and document and isinstance(document[0], dict)):
         return body

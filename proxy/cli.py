@@ -13,6 +13,7 @@ import uvloop
 
 from proxy import __version__, config, log, mock, wire
 from proxy.server import Server, StartError, serve
+from proxy.yamlstruct import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (config.ConfigError, StartError) as error:
+    except (ConfigError, StartError) as error:
         print(f"headrace: {error}" if isinstance(error, StartError) else str(error), file=sys.stderr)
         return 1
 

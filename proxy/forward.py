@@ -8,8 +8,7 @@ answer on there is only one way: to the end, or to a visible break. A heartbeat 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -85,12 +84,16 @@ class Forwarding:
         self._queued_until = self._began_at = monotonic()
         self._total_at = self._began_at + targets[0].timeouts.total
         try:
-            with _stop_as_error(ctx):
-                return await self._attempts(job, targets)
+            return await self._attempts(job, targets)
         except HeadraceError as error:
-            if self._response is None:
-                raise
-            return self._break_off(error)
+            failure = error
+        except asyncio.CancelledError:
+            if ctx.stopped is None:
+                raise  # the caller has left
+            failure = _stopped(ctx.stopped)
+        if self._response is None:
+            raise failure
+        return self._break_off(failure)
 
     async def _attempts(self, job: Job, targets: Sequence[Upstream]) -> web.StreamResponse:
         """One upstream after the other while nothing was sent to any of them."""
@@ -129,8 +132,7 @@ class Forwarding:
     async def _send(self, exchange: Exchange) -> None:
         ctx = self._ctx
         try:
-            async with asyncio.timeout_at(self._total_at):
-                await exchange.send()
+            await exchange.send()
         except Exception as error:
             raise translate(error) from error
         ctx.reached_upstream = True
@@ -145,16 +147,14 @@ class Forwarding:
         beats = stream and self._streams.commit_after > 0
         while True:
             limit = min(first_byte_at, self._total_at)
-            try:
-                async with asyncio.timeout_at(min(limit, beat_at) if beats else limit):
-                    await exchange.hold(1)
+            if await exchange.hold(1, min(limit, beat_at) if beats else limit):
                 break
-            except TimeoutError:
-                now = monotonic() + TIMER_SLACK_S
-                if now >= self._total_at:
-                    raise UpstreamDeadline from None
-                if now >= first_byte_at:
-                    raise UpstreamTimeout from None
+            now = monotonic() + TIMER_SLACK_S
+            if now >= self._total_at:
+                raise UpstreamDeadline
+            if now >= first_byte_at:
+                raise UpstreamTimeout
+            if beats and now >= beat_at:
                 await self._keep_warm(upstream)
                 beat_at = now + (self._streams.heartbeat or self._streams.commit_after)
         ctx.first_byte_at = monotonic()
@@ -239,11 +239,8 @@ class Forwarding:
 
     async def _hold_small(self, exchange: Exchange, upstream: Upstream) -> None:
         limit = min(monotonic() + upstream.timeouts.idle, self._total_at)
-        try:
-            async with asyncio.timeout_at(limit):
-                await exchange.hold(HELD_LIMIT)
-        except TimeoutError:
-            raise UpstreamTimeout from None
+        if not await exchange.hold(HELD_LIMIT, limit):
+            raise UpstreamTimeout
 
     async def _pipe(
         self, exchange: Exchange, upstream: Upstream, scanner: Scanner | None, first: bytes = b""
@@ -312,15 +309,9 @@ def _after_commit(reason: Reason) -> UpstreamFailed:
     return UpstreamCut()
 
 
-@contextmanager
-def _stop_as_error(ctx: Context) -> Iterator[None]:
-    """A cancellation that carries a reason (drain, kill) becomes that error; a caller's leaving stays one."""
-    try:
-        yield
-    except asyncio.CancelledError:
-        if ctx.stopped is None:
-            raise
-        task = asyncio.current_task()
-        assert task is not None
-        task.uncancel()
-        raise (Draining() if ctx.stopped is Reason.DRAINED else Killed()) from None
+def _stopped(reason: Reason) -> HeadraceError:
+    """A cancellation that carries a reason (drain, kill) becomes that error."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()
+    return Draining() if reason is Reason.DRAINED else Killed()

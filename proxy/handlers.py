@@ -10,12 +10,13 @@ from urllib.parse import unquote
 import msgspec
 from aiohttp import web
 
-from proxy import endpoints, headers, intake
+from proxy import endpoints, headers
 from proxy.context import CONTEXT, CORE, Context, Phase
 from proxy.core import Core
 from proxy.endpoints import Endpoint, Model
 from proxy.errors import BadRequest, Draining, ModelNotFound, NotFound, Refused
 from proxy.forward import Forwarding, Job
+from proxy.intake import HeldBody
 from proxy.peek import Peek, peek, with_model
 
 
@@ -39,9 +40,9 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
     content_type = request.headers.get("Content-Type", "application/json")
     if request.body_exists and not content_type.lower().startswith("application/json"):
         raise Refused(415, close=False)
-    async with intake.held_body(
-        request, core.bodies, limit=settings.max_body_bytes, timeout_s=settings.timeouts.body
-    ) as body:
+    held = HeldBody(core.bodies, settings.max_body_bytes)
+    try:
+        body = await held.read(request, settings.timeouts.body)
         ctx.bytes_in = len(body)
         ctx.phase = Phase.QUEUE
         asked = _read_fields(endpoint, body)
@@ -56,6 +57,8 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
         ctx.queue_s = 0.0
         forwarding = Forwarding(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
         return await forwarding.run(job, [upstream for upstream, _ in targets])
+    finally:
+        held.release()
 
 
 def _read_fields(endpoint: Endpoint, body: bytes) -> Peek:

@@ -15,6 +15,7 @@ import structlog
 from aiohttp import web
 
 from proxy import __version__, admin, config, handlers, mock, wire
+from proxy.address import Address
 from proxy.context import CONTEXT, CORE
 from proxy.core import Core
 from proxy.downstream import LINGER_S, Limits, Runner
@@ -121,9 +122,7 @@ class Server:
             token=None if address.loopback else token,
         )
 
-    async def _listen(
-        self, runner: web.AppRunner, address: config.Address, tls: ssl.SSLContext | None
-    ) -> int:
+    async def _listen(self, runner: web.AppRunner, address: Address, tls: ssl.SSLContext | None) -> int:
         """Returns the port (0 for a unix socket)."""
         self._runners.append(runner)
         await runner.setup()
@@ -267,7 +266,7 @@ async def serve(server: Server, announce: Any) -> None:
         await server.close()
 
 
-def _url(address: config.Address, port: int, scheme: str) -> str:
+def _url(address: Address, port: int, scheme: str) -> str:
     if address.unix_path is not None:
         return f"{scheme}://localhost"
     host = f"[{address.host}]" if ":" in address.host else address.host or "127.0.0.1"
@@ -320,7 +319,7 @@ def _unlink_stale(path: str) -> None:
         probe.close()
 
 
-def _why_not(address: config.Address, error: OSError) -> str:
+def _why_not(address: Address, error: OSError) -> str:
     what = "is in use" if error.errno in (98, 48) else (os.strerror(error.errno or 0) or "cannot be used")
     return f"{address} {what}: choose another with --listen / --admin (or PORT=, ADMIN_PORT= for make run)"
 

@@ -36,7 +36,7 @@ class Exchange(Protocol):
 
     async def send(self) -> None: ...
 
-    async def hold(self, size: int) -> None: ...
+    async def hold(self, size: int, until: float) -> bool: ...
 
     def taken(self) -> tuple[bytes, End | None]: ...
 
@@ -193,15 +193,20 @@ class SessionExchange:
         chunked = (value_of(self.fields, b"transfer-encoding") or b"").lower() == b"chunked"
         self.framed = chunked or value_of(self.fields, b"content-length") is not None
 
-    async def hold(self, size: int) -> None:
+    async def hold(self, size: int, until: float) -> bool:
         assert self._opening is not None
-        await asyncio.shield(self._opening)
+        try:
+            async with asyncio.timeout_at(until):
+                await asyncio.shield(self._opening)
+                while self._fault is None and self._end is None and len(self._held) < size:
+                    self._held += await self._read()
+        except TimeoutError:
+            return False
         if self._fault is not None:
             raise translate(self._fault) from self._fault
-        while self._end is None and len(self._held) < size:
-            self._held += await self._read()
         if self._end is End.CUT and not self._held:
             raise UpstreamInvalid
+        return True
 
     async def _read(self) -> bytes:
         """The next bytes, or b"" with `_end` set; a cancelled call loses nothing (readany keeps its data)."""

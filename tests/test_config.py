@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy import config
-from proxy.config import Address, Config, ConfigError, Target, parse, parse_address
+from proxy.address import Address, parse_address
+from proxy.config import Config, Target, parse
+from proxy.yamlstruct import ConfigError
 
 ENVIRON = {"OPENAI_API_KEY": "sk-canary-1", "ADMIN": "adm-canary-2", "PORT": "9000", "EMPTY": ""}
 UP = "upstreams: {openai: {base_url: 'http://127.0.0.1:1/v1'}}\n"
