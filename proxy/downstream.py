@@ -18,13 +18,14 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
-from aiohttp import http_exceptions, web
-from aiohttp.web_protocol import RequestHandler
+from aiohttp import HttpVersion10, HttpVersion11, http_exceptions, web
+from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from proxy import headers
 from proxy.errors import Dialect, HeadraceError, Overloaded, Refused
 
 _USER_TIMEOUT_MS = 30_000
+_VERSIONS = (HttpVersion11, HttpVersion10)
 #: How long a refused caller may go on sending before it is cut off (aiohttp's default of 10 s is cheap for
 #: an attacker; without any lingering the reset would destroy our answer, RFC 9112 9.6).
 LINGER_S = 1.0
@@ -103,6 +104,8 @@ class Connection(RequestHandler):
         if not self._counted:
             return
         super().data_received(data)
+        if self._messages:
+            self._refuse_versions()
         if self._messages or self._current_request is not None:
             self._listener.idle.pop(self, None)
             self._head_done()
@@ -111,6 +114,13 @@ class Connection(RequestHandler):
             self._expect_head()
         else:
             self._received = True
+
+    def _refuse_versions(self) -> None:
+        """llhttp lets HTTP/0.9 and HTTP/2.0 pass, and aiohttp would answer in kind (measured)."""
+        for at, (message, payload) in enumerate(self._messages):
+            if not isinstance(message, _ErrInfo) and message.version not in _VERSIONS:
+                refusal = _ErrInfo(status=505, exc=_UnknownVersion(), message="")
+                self._messages[at] = (refusal, payload)
 
     async def finish_response(self, *args: Any) -> tuple[web.StreamResponse, bool]:
         finished = await super().finish_response(*args)
@@ -138,7 +148,7 @@ class Connection(RequestHandler):
         it quotes the request."""
         if request.writer.output_size > 0:
             raise ConnectionError("an answer was under way")
-        error = Refused(_status_of(exc)) if status < 500 else HeadraceError()
+        error = HeadraceError() if status == 500 else Refused(_status_of(exc))
         chosen = headers.request_id(None)
         self._listener.refused(error, chosen, request.remote or "")
         response = web.Response(
@@ -171,10 +181,15 @@ class Connection(RequestHandler):
         self.force_close()
 
 
+class _UnknownVersion(Exception):
+    """A request line with a version that we do not speak."""
+
+
 def _status_of(exc: BaseException | None) -> int:
-    """aiohttp answers 400 for everything; the two that HTTP has own codes for are told apart here."""
+    """aiohttp answers 400 for everything; what HTTP has own codes for is told apart here."""
+    if isinstance(exc, _UnknownVersion):
+        return 505
     if isinstance(exc, http_exceptions.LineTooLong):
-        # Its argument is the line's start: only a request line has no field name before a colon.
         return 431
     return 400
 

@@ -37,8 +37,7 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
     """Body, model, route, forward."""
     core = request.app[CORE]
     settings = core.config
-    content_type = request.headers.get("Content-Type", "application/json")
-    if request.body_exists and not content_type.lower().startswith("application/json"):
+    if not _is_json(request.headers.get("Content-Type", "application/json")):
         raise Refused(415, close=False)
     held = HeldBody(core.bodies, settings.max_body_bytes)
     try:
@@ -59,6 +58,13 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
         return await forwarding.run(job, [upstream for upstream, _ in targets])
     finally:
         held.release()
+
+
+def _is_json(content_type: str) -> bool:
+    """Only application/json in UTF-8: anything else a browser would send across origins without asking."""
+    media_type, _, parameters = content_type.lower().partition(";")
+    charset = parameters.partition("charset=")[2].strip(' "')
+    return media_type.strip() == "application/json" and charset in ("", "utf-8", "utf8")
 
 
 def _read_fields(endpoint: Endpoint, body: bytes) -> Peek:

@@ -89,6 +89,7 @@ class Upstream:
                 max_line_size=65536,
                 max_field_size=65536,
             )
+            wire.forbid_silent_retry(self._session)
 
     def exchange(self, method: str, path: str, fields: bytes, body: bytes) -> Exchange:
         """fields: the caller's header lines that go along (`headers.to_upstream`)."""
@@ -158,6 +159,7 @@ class SessionExchange:
         self._held = b""
         self._end: End | None = None
         self._fault: Exception | None = None
+        self._reset = False
         self.reused = False
         self.status = 0
         self.reason = ""
@@ -190,8 +192,21 @@ class SessionExchange:
         self.status = response.status
         self.reason = response.reason or ""
         self.fields = response.raw_headers
+        if response.connection is not None and response.connection.protocol is not None:
+            closed = response.connection.protocol.closed
+            if closed is not None:
+                closed.add_done_callback(self._lost)
         chunked = (value_of(self.fields, b"transfer-encoding") or b"").lower() == b"chunked"
         self.framed = chunked or value_of(self.fields, b"content-length") is not None
+
+    def _lost(self, closed: asyncio.Future[None]) -> None:
+        """aiohttp takes a reset for the end of a body without framing, and leaves a reader waiting for ever
+        when a chunk's framing is broken: what the connection itself reports is the truth."""
+        self._reset = not closed.cancelled() and closed.exception() is not None
+        assert self._response is not None
+        content = self._response.content
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("connection lost"))
 
     async def hold(self, size: int, until: float) -> bool:
         assert self._opening is not None
@@ -217,7 +232,8 @@ class SessionExchange:
             self._end = End.CUT
             return b""
         if not data:
-            self._end = End.FRAMED if self.framed else End.CLOSED
+            unframed = End.CUT if self._reset else End.CLOSED
+            self._end = End.FRAMED if self.framed else unframed
         return data
 
     def taken(self) -> tuple[bytes, End | None]:

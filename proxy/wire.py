@@ -17,7 +17,7 @@ from enum import StrEnum
 from time import monotonic
 from typing import Any, ClassVar, Protocol
 
-from aiohttp import ClientTimeout, TCPConnector, http_parser
+from aiohttp import ClientSession, ClientTimeout, TCPConnector, http_parser
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest
 from aiohttp.connector import Connection as PooledConnection
@@ -391,6 +391,13 @@ def self_check(loop: asyncio.AbstractEventLoop) -> str | None:
     if (exchange.status, middle, probe.data, probe.how) != (200, b"abcde", b"abcde", End.FRAMED):
         return "the parser feeds its payload differently"
     return None
+
+
+def forbid_silent_retry(session: ClientSession) -> None:
+    """aiohttp sends idempotent requests a second time when a connection dies, even a fresh one (measured);
+    whether something is tried again is decided in `forward.py` alone."""
+    if hasattr(session, "_retry_connection"):
+        session._retry_connection = False
 
 
 def c_parser_loaded() -> bool:
