@@ -207,6 +207,11 @@ class UpstreamUnreachable(UpstreamFailed):
     message = "The model provider could not be reached."
 
 
+class UpstreamStale(UpstreamUnreachable):
+    """A reused connection died before a byte of the answer: most likely it was closed while it lay idle, and
+    the upstream never saw the request. Asked once more on another connection (pingora's ReusedOnly)."""
+
+
 class UpstreamConnectFailed(UpstreamUnreachable):
     """Nothing was sent, so another upstream may always be asked (pingora's failover law)."""
 

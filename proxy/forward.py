@@ -26,6 +26,7 @@ from proxy.errors import (
     UpstreamCut,
     UpstreamDeadline,
     UpstreamFailed,
+    UpstreamStale,
     UpstreamTimeout,
 )
 from proxy.pipe import HEARTBEAT, TIMER_SLACK_S, Clocks, Pipe, break_off
@@ -100,10 +101,16 @@ class Forwarding:
         last: UpstreamFailed = UpstreamConnectFailed()
         for upstream, body in zip(targets, job.bodies, strict=True):
             try:
-                return await self._attempt(job, upstream, body)
+                return await self._fresh_if_stale(job, upstream, body)
             except UpstreamConnectFailed as error:
                 last = error
         raise last
+
+    async def _fresh_if_stale(self, job: Job, upstream: Upstream, body: bytes) -> web.StreamResponse:
+        try:
+            return await self._attempt(job, upstream, body)
+        except UpstreamStale:
+            return await self._attempt(job, upstream, body)
 
     async def _attempt(self, job: Job, upstream: Upstream, body: bytes) -> web.StreamResponse:
         ctx = self._ctx

@@ -24,7 +24,7 @@ from aiohttp.connector import Connection as PooledConnection
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from yarl import URL
 
-from proxy.errors import UpstreamInvalid, UpstreamUnreachable
+from proxy.errors import UpstreamFailed, UpstreamInvalid, UpstreamStale, UpstreamUnreachable
 from proxy.headers import RawHeaders, value_of
 
 #: Bytes of a body that may wait for somebody to take them before the upstream is paused.
@@ -106,6 +106,8 @@ class WireConnection(ResponseHandler):
         if exchange is None:
             self._unsolicited()
             return
+        if not exchange.answered:
+            exchange.touched = True
         fault: Exception | None = None
         try:
             messages, upgraded, _ = self._parser.feed_data(data)  # type: ignore[union-attr]
@@ -192,6 +194,7 @@ class WireExchange:
         self._fault: Exception | None = None
         self.sink: Sink | None = None
         self.answered = False
+        self.touched = False  # a byte of an answer has come
         self.reused = False
         self.status = 0
         self.reason = ""
@@ -224,10 +227,15 @@ class WireExchange:
         if self._end is None and self._held() < size and not await self._wait(until):
             return False
         if not self.answered:
-            raise UpstreamInvalid if self._fault is not None else UpstreamUnreachable
+            raise self._no_answer()
         if self._end is End.CUT and not self._held():
             raise UpstreamInvalid
         return True
+
+    def _no_answer(self) -> UpstreamFailed:
+        if self._fault is not None:
+            return UpstreamInvalid()
+        return UpstreamStale() if self.reused and not self.touched else UpstreamUnreachable()
 
     async def _wait(self, until: float) -> bool:
         """A bare timer: asyncio.timeout costs 8 us more, once or twice a request."""
