@@ -122,3 +122,27 @@ async def ask(port: int, request: bytes) -> Answer:
     async with await Caller.connect(port) as caller:
         async with asyncio.timeout(20):
             return await caller.ask(request)
+
+
+async def everything(port: int, request: bytes) -> Answer:
+    """Like `ask`, below asyncio's streams: bytes that came before a reset are not lost."""
+    loop = asyncio.get_running_loop()
+    raw, was_reset = b"", False
+    with socket.socket() as sock:
+        sock.setblocking(False)
+        async with asyncio.timeout(20):
+            await loop.sock_connect(sock, ("127.0.0.1", port))
+            await loop.sock_sendall(sock, request)
+            try:
+                while data := await loop.sock_recv(sock, 65536):
+                    raw += data
+            except ConnectionResetError:
+                was_reset = True
+    reader = asyncio.StreamReader(limit=2**20)
+    reader.feed_data(raw)
+    reader.feed_eof()
+    parser = Caller(reader, None)  # type: ignore[arg-type] # nothing is written
+    answer = await parser.rest(await parser.head())
+    answer.reset = was_reset
+    answer.clean = answer.clean and not was_reset
+    return answer

@@ -80,9 +80,18 @@ class Headrace:
     async def quiet(self, timeout_s: float = 5.0) -> None:
         """Waits until nothing is going on; fails with the state if that does not come."""
         await until(
-            lambda: not any(
-                self.state[name]
-                for name in ("in_flight", "streams", "permits", "queued", "reservations", "upstream_connections")
+            lambda: (
+                not any(
+                    self.state[name]
+                    for name in (
+                        "in_flight",
+                        "streams",
+                        "permits",
+                        "queued",
+                        "reservations",
+                        "upstream_connections",
+                    )
+                )
             ),
             timeout_s,
             lambda: str(self.state),
@@ -95,7 +104,9 @@ async def until(
     """Waits for a condition that nothing signals, looking often; fails after `timeout_s`."""
     limit = asyncio.get_running_loop().time() + timeout_s
     while not condition():
-        assert asyncio.get_running_loop().time() < limit, f"did not become true in {timeout_s} s: {describe()}"
+        assert asyncio.get_running_loop().time() < limit, (
+            f"did not become true in {timeout_s} s: {describe()}"
+        )
         await asyncio.sleep(0.005)
 
 
@@ -147,13 +158,10 @@ class Command:
             into.append(line.decode().rstrip("\n"))
 
     def collect(self) -> None:
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
         loop = asyncio.get_running_loop()
-        self._readers = [
-            loop.create_task(self._collect(self.process.stdout, self.out)),
-            loop.create_task(self._collect(self.process.stderr, self.err)),
-        ]
+        for stream, into in ((self.process.stdout, self.out), (self.process.stderr, self.err)):
+            if stream is not None:  # one that was handed to `command` is the test's to read
+                self._readers.append(loop.create_task(self._collect(stream, into)))
 
     async def line(self, pattern: str, timeout_s: float = 10.0) -> re.Match[str]:
         """The first line on standard error or output that matches."""
@@ -167,6 +175,17 @@ class Command:
         assert found, f"ended with {self.process.returncode}:\n" + "\n".join([*self.err, *self.out])
         return found[0]
 
+    async def serving(self) -> tuple[int, int]:
+        """The ports of the data and the admin listener, once `serve` has printed them."""
+        data = await self.line(r"^  data   https?://\S+:(\d+)/v1$")
+        admin = await self.line(r"^  admin  http://\S+:(\d+)/metrics$")
+        return int(data[1]), int(admin[1])
+
+    def requests(self) -> list[dict[str, Any]]:
+        """The request lines on standard output so far."""
+        documents = [msgspec.json.decode(line) for line in self.out if line.startswith("{")]
+        return [document for document in documents if document["event"] == "request"]
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
@@ -178,16 +197,24 @@ class Command:
 
 
 @asynccontextmanager
-async def command(*words: str, environ: Mapping[str, str] | None = None) -> AsyncIterator[Command]:
-    """Runs `python -m proxy WORDS`; killed at the end if it still runs."""
+async def command(
+    *words: str,
+    environ: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    before: str = "",
+    stdout: int = asyncio.subprocess.PIPE,
+) -> AsyncIterator[Command]:
+    """Runs `python -m proxy WORDS`; killed at the end if it still runs.
+
+    `before`: shell words that set up the process (`ulimit -n 64`). `stdout`: a descriptor that the test reads
+    by itself, or does not.
+    """
+    run = [sys.executable, "-m", "proxy", *words]
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "proxy",
-        *words,
-        cwd=ROOT,
-        env={**os.environ, **(environ or {})},
-        stdout=asyncio.subprocess.PIPE,
+        *(["bash", "-c", f'{before}; exec "$@"', "bash", *run] if before else run),
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})},
+        stdout=stdout,
         stderr=asyncio.subprocess.PIPE,
     )
     running_command = Command(process)

@@ -1,0 +1,155 @@
+"""Which fields cross, as a rule: what hypothesis draws, no credential and no hop-by-hop field survives."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import headers
+from proxy.headers import CREDENTIALS, HOP_BY_HOP
+
+NAMES = st.text("abcdefghijklmnopqrstuvwxyzABCXYZ-_", min_size=1, max_size=24).map(str.encode)
+KNOWN = st.sampled_from(sorted(HOP_BY_HOP | CREDENTIALS)).flatmap(
+    lambda name: st.sampled_from([name, name.upper(), name.title()])
+)
+VALUES = st.binary(max_size=30).filter(lambda value: not re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", value))
+FIELDS = st.lists(st.tuples(st.one_of(NAMES, KNOWN), VALUES), max_size=20)
+
+
+def lines_of(block: bytes) -> list[tuple[bytes, bytes]]:
+    """What a receiver would read."""
+    lines = [line for line in block.split(b"\r\n") if line]
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
+
+
+def named(fields: list[tuple[bytes, bytes]]) -> set[bytes]:
+    """What the `Connection` fields name."""
+    values = [value for name, value in fields if name.lower() == b"connection"]
+    return {option.strip().lower() for value in values for option in value.split(b",")}
+
+
+@given(FIELDS)
+def test_to_upstream_drops(fields: list[tuple[bytes, bytes]]) -> None:
+    """Whatever a caller sends, neither a credential nor a hop-by-hop field nor a `_` name goes upstream."""
+    out = lines_of(headers.to_upstream(fields))
+    names = {name.lower() for name, _ in out}
+    assert not names & (HOP_BY_HOP | CREDENTIALS | named(fields))
+    assert not any(b"_" in name for name in names)
+    assert not names & {b"host", b"content-length", b"x-request-id", b"expect", b"x-forwarded-for"}
+
+
+@given(st.lists(st.tuples(NAMES.map(lambda name: b"X-" + name.replace(b"_", b"-")), VALUES), max_size=20))
+def test_to_upstream_keeps(fields: list[tuple[bytes, bytes]]) -> None:
+    """Fields that are none of our business keep their bytes, their case, their order and their repetition."""
+    dropped = {b"x-api-key", b"x-real-ip", b"x-request-id"}
+    kept = [
+        field
+        for field in fields
+        if field[0].lower() not in dropped and not field[0].lower().startswith((b"x-forwarded-", b"x-goog-"))
+    ]
+    assert headers.to_upstream(kept) == b"".join(b"%b: %b\r\n" % field for field in kept)
+
+
+@given(FIELDS, st.booleans())
+def test_to_caller_drops(fields: list[tuple[bytes, bytes]], keep_ratelimit: bool) -> None:
+    """No hop-by-hop field, cookie or server name reaches the caller, and nothing that breaks a head."""
+    out = headers.to_caller(fields, keep_ratelimit=keep_ratelimit)
+    names = [name.lower().encode("utf-8", "surrogateescape") for name, _ in out]
+    assert not set(names) & (HOP_BY_HOP | named(fields) | {b"set-cookie", b"server", b"x-request-id"})
+    assert names.count(b"x-upstream-request-id") <= 1 or b"x-upstream-request-id" in {
+        name.lower() for name, _ in fields
+    }
+    assert not any(re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value) for _, value in out)
+
+
+@given(
+    st.binary(min_size=1, max_size=20).filter(lambda value: re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", value))
+)
+def test_control_characters_are_dropped(value: bytes) -> None:
+    """A field that aiohttp's writer would refuse, or that would split the head, is left out."""
+    assert headers.to_caller([(b"X-A", value), (b"X-B", b"b")], keep_ratelimit=True) == [("X-B", "b")]
+
+
+@given(
+    st.binary(min_size=1, max_size=20).filter(lambda value: re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", value))
+)
+def test_no_control_character_in_a_request_id(value: bytes) -> None:
+    """The upstream's own id is a header value like any other."""
+    out = headers.to_caller([(b"x-request-id", value)], keep_ratelimit=True)
+    assert not any(re.search(r"[\x00-\x08\x0a-\x1f\x7f]", text) for _, text in out)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_ratelimit_fields(keep: bool) -> None:
+    """The upstream's quota is shown only where the caller has none of its own."""
+    fields = [
+        (b"X-RateLimit-Limit-Requests", b"1"),
+        (b"anthropic-ratelimit-tokens-limit", b"2"),
+        (b"X", b"3"),
+    ]
+    kept = [name for name, _ in headers.to_caller(fields, keep_ratelimit=keep)]
+    assert kept == (["X-RateLimit-Limit-Requests", "anthropic-ratelimit-tokens-limit"] if keep else []) + [
+        "X"
+    ]
+
+
+def test_both_spellings_of_the_upstream_id() -> None:
+    """Anthropic sends two ids with one value: one comes back."""
+    fields = [(b"request-id", b"a"), (b"X-Request-Id", b"a")]
+    assert headers.to_caller(fields, keep_ratelimit=True) == [("x-upstream-request-id", "a")]
+
+
+@given(st.text(max_size=80))
+def test_request_id(offered: str) -> None:
+    """Whatever is offered, the chosen id is harmless; a harmless one is kept."""
+    chosen = headers.request_id(offered)
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", chosen)
+    assert (chosen == offered) == bool(re.fullmatch(r"[A-Za-z0-9._-]{1,64}", offered))
+
+
+def test_minted_ids_differ() -> None:
+    """Ids of our own do not repeat."""
+    assert len({headers.request_id(None) for _ in range(1000)}) == 1000
+
+
+TRUSTED = (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("::1/128"))
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "expected"),
+    [
+        ("203.0.113.1", [], "203.0.113.1"),
+        ("203.0.113.1", ["198.51.100.1"], "203.0.113.1"),
+        ("10.0.0.1", [], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.1"], "198.51.100.1"),
+        ("10.0.0.1", ["198.51.100.1, 10.0.0.2"], "198.51.100.1"),
+        ("10.0.0.1", ["198.51.100.1", "203.0.113.1"], "203.0.113.1"),
+        ("10.0.0.1", ["127.0.0.1, nonsense, 10.0.0.2"], "10.0.0.2"),
+        ("10.0.0.1", ["10.0.0.3, 10.0.0.2"], "10.0.0.3"),
+        ("::1", ["2001:db8::1"], "2001:db8::1"),
+        ("10.0.0.1", [""], "10.0.0.1"),
+        (None, ["198.51.100.1"], "198.51.100.1"),
+        (None, [], "unix"),
+    ],
+)
+def test_client_ip(peer: str | None, forwarded: list[str], expected: str) -> None:
+    """The right-most hop that is not ours, and only if the socket's peer is ours."""
+    assert headers.client_ip(peer, forwarded, TRUSTED) == expected
+
+
+@given(st.one_of(st.none(), st.ip_addresses().map(str)), st.lists(st.text(max_size=40), max_size=4))
+def test_client_ip_never_fails(peer: str | None, forwarded: list[str]) -> None:
+    """Whatever stands in X-Forwarded-For, the result is an address, or `unix`."""
+    found = headers.client_ip(peer, forwarded, TRUSTED)
+    assert found == "unix" or ipaddress.ip_address(found)
+
+
+def test_value_of() -> None:
+    """The first of a name, in any case."""
+    fields = [(b"A", b"1"), (b"Content-Type", b"2"), (b"content-type", b"3")]
+    assert headers.value_of(fields, b"content-type") == b"2"
+    assert headers.value_of(fields, b"absent") is None
