@@ -64,6 +64,38 @@ class RequestLine(msgspec.Struct):
     error: str | None = None  # our error code, if we made the answer
 
 
+def refusal_line(status: int, code: str, reason: str, request_id: str, peer: str) -> RequestLine:
+    """The line of a request that never became one."""
+    return RequestLine(
+        ts=timestamp(),
+        level="info",
+        event="request",
+        request_id=request_id,
+        key_id=None,
+        plan=None,
+        method="UNKNOWN",
+        route="other",
+        model=None,
+        upstream=None,
+        attempts=0,
+        status=status,
+        reason=reason,
+        queue_ms=None,
+        ttfb_ms=None,
+        ttft_ms=None,
+        duration_ms=0.0,
+        chunks=0,
+        bytes_in=0,
+        bytes_out=0,
+        prompt_tokens=None,
+        completion_tokens=None,
+        usage_source=None,
+        cost_usd=None,
+        client_ip=peer,
+        error=code,
+    )
+
+
 class Sink:
     """Bytes to standard output or to a file, written by one thread."""
 
