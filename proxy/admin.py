@@ -44,7 +44,8 @@ def make_app(operations: Operations, *, token: str | None) -> web.Application:
     async def authorised(request: web.Request, handler: Handler) -> web.StreamResponse:
         if token is not None and request.path not in _OPEN_PATHS:
             offered = request.headers.get("Authorization", "")
-            if not hmac.compare_digest(offered.encode(), f"Bearer {token}".encode()):
+            wanted = f"Bearer {token}".encode()
+            if not hmac.compare_digest(offered.encode("utf-8", "surrogateescape"), wanted):
                 return _error(401, "invalid_admin_token", {"WWW-Authenticate": "Bearer"})
         try:
             return await handler(request)

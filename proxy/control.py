@@ -20,7 +20,7 @@ _MAX_WAITING = 8 * 2**20
 _MAX_FRAME = 64 * 2**20
 _LENGTH_BYTES = 4
 
-#: Answers a call of the other side: verb, payload -> payload. What it raises becomes the caller's ControlError.
+#: Answers a call of the other side: verb, payload -> payload. What it raises fails the call.
 Handler = Callable[[str, Any], Awaitable[Any]]
 #: Takes a note of the other side: verb, payload.
 Listener = Callable[[str, Any], None]

@@ -53,13 +53,8 @@ class Keeper:
             code = await asyncio.to_thread(process.wait)
             if self._stopping or self.serving.exception() is not None:
                 return
-            structlog.get_logger().error(
-                "worker_replaced",
-                worker=self.number,
-                pid=process.pid,
-                exit_code=code,
-                lived_s=round(lived_s, 1),
-            )
+            log = structlog.get_logger().bind(worker=self.number, pid=process.pid)
+            log.error("worker_replaced", exit_code=code, lived_s=round(lived_s, 1))
             back_off_s = _BACK_OFF_S[0] if lived_s > _HEALTHY_S else back_off_s
             await asyncio.sleep(back_off_s)
             back_off_s = min(2 * back_off_s, last_s)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+import stat
 
 from proxy.address import Address
 from proxy.errors import StartError
@@ -37,14 +38,18 @@ def _bind_tcp(address: Address) -> socket.socket:
 
 
 def _unlink_stale(path: str) -> None:
-    """A socket file that nobody listens on is left from a crash."""
-    if not os.path.exists(path):
+    """A socket file that nobody listens on is left from a crash; anything else is not ours to replace."""
+    if not os.path.lexists(path):
         return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise StartError(f"unix:{path} exists and is no socket: choose another path or remove it")
     probe = socket.socket(socket.AF_UNIX)
     try:
         probe.connect(path)
     except OSError:
         os.unlink(path)
+    else:
+        raise StartError(f"unix:{path} is in use: choose another with --listen / --admin")
     finally:
         probe.close()
 

@@ -175,7 +175,7 @@ class Metrics:
         return {name: list(metric.values.items()) for name, metric in self._all() if metric.values}
 
     def absorb(self, snapshot: Snapshot, *, levels: bool) -> None:
-        """Adds another process's figures; without `levels` only what never goes down (the process is gone)."""
+        """Adds another process's figures; without `levels` (it is gone) only what never goes down."""
         for name, metric in self._all():
             if isinstance(metric, Gauge) and not (levels and metric is not self.build_info):
                 continue

@@ -26,6 +26,7 @@ from aiohttp import web
 
 from proxy import __version__, admin, config, listen
 from proxy.control import Channel, ControlError
+from proxy.downstream import Limits, Runner
 from proxy.errors import OperationError, StartError
 from proxy.keeper import Keeper
 from proxy.log import RequestLog, Sink
@@ -42,6 +43,7 @@ from proxy.workers import (
 )
 from proxy.yamlstruct import ConfigError
 
+_ADMIN_CONNECTIONS = 100
 #: Descriptors handed to a new generation: data listener, admin listener, handover channel.
 _INHERIT = "HEADRACE_INHERIT"
 #: What a reload cannot change, because it is bound or built once.
@@ -95,8 +97,13 @@ class Front:
         self.port, self.admin_port = listen.port_of(self._listener), listen.port_of(self._admin_socket)
         app = self._admin_app()
         await self._start_workers()
-        self._admin_runner = web.AppRunner(
-            app, access_log=None, handler_cancellation=True, shutdown_timeout=1
+        self._admin_runner = Runner(  # ours, because aiohttp's parser quotes what it refuses: the token
+            app,
+            Limits(_ADMIN_CONNECTIONS, self.settings.timeouts.header),
+            lambda *_: None,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=1,
         )
         await self._admin_runner.setup()
         await web.SockSite(self._admin_runner, self._admin_socket).start()
