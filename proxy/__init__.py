@@ -13,6 +13,8 @@ rules (no I/O, no clock of their own)
     sse         where a stream stands: boundary, first token, terminator
     answers     which of an upstream's answers are passed on
 resources
+    listen      listening sockets
+    control     the channel between processes
     log         the request line, and a sink that never blocks
     metrics     every metric, named once
     tasks       the one way to start a background task
@@ -30,7 +32,11 @@ web
     downstream  the listening side
     admin       the admin listener
 composition
-    server      builds everything once; drains
+    server      the data plane of one process: builds everything once; reloads, drains
+    workers     workers as the front sees them, in this process or in another
+    worker      a worker process
+    keeper      keeps one worker process alive
+    supervisor  binds the sockets, runs the workers, holds the admin listener; reload, restart
     cli         the commands
 beside
     mock        the mock upstream with its faults

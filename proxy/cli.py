@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import socket
 import sys
 from pathlib import Path
+from typing import Literal
 
+import aiohttp
 import msgspec
 import uvloop
 
 from proxy import __version__, config, log, mock, wire
-from proxy.server import Server, StartError, serve
+from proxy.errors import StartError
+from proxy.supervisor import Front
+from proxy.worker import WorkerProcess
 from proxy.yamlstruct import ConfigError
 
 
@@ -45,12 +50,26 @@ def _parser() -> argparse.ArgumentParser:
         "--listen", metavar="ADDRESS", help="data listener, e.g. 127.0.0.1:8080 or unix:/path"
     )
     command.add_argument("--admin", metavar="ADDRESS", help="admin listener")
+    command.add_argument("--workers", type=_worker_count, metavar="N|auto", help="processes")
     command.set_defaults(run=_serve)
 
     command = commands.add_parser(
         "check", parents=[common], help="validate the configuration, print the routes"
     )
     command.set_defaults(run=_check)
+
+    for verb, text in (
+        ("reload", "read the configuration again, without touching running streams"),
+        ("restart", "hand the sockets to a new generation that runs the code on disk"),
+    ):
+        command = commands.add_parser(verb, parents=[common], help=text)
+        command.add_argument("--admin", metavar="ADDRESS", help="admin listener of the running server")
+        command.set_defaults(run=_tell_server, verb=verb)
+
+    command = commands.add_parser("worker")
+    command.add_argument("control", type=int)
+    command.add_argument("listener", type=int)
+    command.set_defaults(run=_worker)
 
     command = commands.add_parser("mock", help="run the mock upstream on its own")
     command.add_argument("--port", type=int, default=9100)
@@ -62,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(flag, default=argparse.SUPPRESS, metavar="VALUE")
     command.set_defaults(run=_mock)
     return parser
+
+
+def _worker_count(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}")
 
 
 def _settings(arguments: argparse.Namespace) -> config.Config:
@@ -78,25 +105,73 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    settings = config.with_overrides(_settings(arguments), arguments.listen, arguments.admin)
+    def load() -> config.Config:
+        return config.with_overrides(
+            _settings(arguments), arguments.listen, arguments.admin, arguments.workers
+        )
+
+    settings = load()
     if not wire.c_parser_loaded():
         raise StartError("aiohttp runs without its C parser: install a wheel, unset AIOHTTP_NO_EXTENSIONS")
+    sink, request_log = _open_log(settings)
     try:
-        sink, request_log = log.configure(
-            path=settings.log.file, level=settings.log.level, text=settings.log.format == "text"
-        )
-    except OSError as error:
-        raise StartError(f"log.file: {error.strerror}: {settings.log.file}") from error
-    try:
-        uvloop.run(serve(Server(settings, sink, request_log, push=True), _announce))
+        uvloop.run(Front(settings, load, sink, request_log, push=True).run(_announce))
     finally:
         sink.close()
     return 0
 
 
-def _announce(server: Server) -> None:
+def _open_log(settings: config.Config) -> tuple[log.Sink, log.RequestLog]:
+    try:
+        return log.configure(
+            path=settings.log.file, level=settings.log.level, text=settings.log.format == "text"
+        )
+    except OSError as error:
+        raise StartError(f"log.file: {error.strerror}: {settings.log.file}") from error
+
+
+def _announce(front: Front) -> None:
     """Standard error: standard output holds the log lines, which something may be reading."""
-    print(server.banner(), file=sys.stderr, flush=True)
+    print(front.banner(), file=sys.stderr, flush=True)
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    """Started by the supervisor only."""
+
+    async def run() -> None:
+        control = socket.socket(fileno=arguments.control)
+        control.setblocking(False)
+        await WorkerProcess().run(control, socket.socket(fileno=arguments.listener))
+
+    uvloop.run(run())
+    return 0
+
+
+def _tell_server(arguments: argparse.Namespace) -> int:
+    """reload, restart: of the running server, through its admin listener."""
+    settings = config.with_overrides(_settings(arguments), None, arguments.admin)
+    answer = uvloop.run(_post_admin(settings, f"/admin/{arguments.verb}"))
+    print(answer)
+    return 0
+
+
+async def _post_admin(settings: config.Config, path: str) -> str:
+    address = settings.admin_address
+    unix = address.unix_path
+    connector = aiohttp.UnixConnector(unix) if unix else aiohttp.TCPConnector()
+    host = "localhost" if unix else f"{address.host or '127.0.0.1'}:{address.port}"
+    headers = {"Authorization": f"Bearer {settings.admin_token}"} if settings.admin_token else {}
+    try:
+        async with (
+            aiohttp.ClientSession(connector=connector, trust_env=False) as session,
+            session.post(f"http://{host}{path}", headers=headers) as response,
+        ):
+            document = await response.json()
+    except (aiohttp.ClientError, OSError) as error:
+        raise StartError(f"no server answers at {settings.admin}: start it, or give --admin") from error
+    if "error" in document:
+        raise StartError(document["error"]["message"])
+    return ", ".join(f"{name}: {value}" for name, value in document.items())
 
 
 def _mock(arguments: argparse.Namespace) -> int:

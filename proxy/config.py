@@ -253,6 +253,9 @@ class Settings(Section, frozen=True, kw_only=True):
         AddressText, _doc("Listener of metrics, health and the admin API; never the data listener.")
     ] = "127.0.0.1:9464"
     tls: Annotated[Tls | None, _doc("TLS of the data listener; left out: none.")] = None
+    workers: Annotated[
+        Annotated[int, Meta(ge=1, le=1024)] | Literal["auto"], _doc("Processes; auto is one per core.")
+    ] = 1
     max_connections: Annotated[
         int, Meta(gt=0, le=10_000_000), _doc("Connections of callers held at once.")
     ] = 8000
@@ -298,6 +301,11 @@ class Config(Settings, frozen=True, kw_only=True, dict=True):
     def admin_address(self) -> Address:
         """The admin listener."""
         return parse_address(self.admin)
+
+    @property
+    def worker_count(self) -> int:
+        """`workers` as a number."""
+        return len(os.sched_getaffinity(0)) if self.workers == "auto" else self.workers
 
     @cached_property
     def trusted_networks(self) -> tuple[Network, ...]:
@@ -426,8 +434,10 @@ def _build(raw: object, source: str, environ: Mapping[str, str]) -> Config:
     return _check_config(Config(**values, source=source, written_max_connections=written))
 
 
-def with_overrides(config: Config, listen: str | None, admin: str | None) -> Config:
-    """The configuration with the listeners of the command line, checked again.
+def with_overrides(
+    config: Config, listen: str | None, admin: str | None, workers: int | Literal["auto"] | None = None
+) -> Config:
+    """The configuration with the listeners and workers of the command line, checked again.
 
     Raises:
         ConfigError: an address is not one, or does not go with the rest.
@@ -437,7 +447,12 @@ def with_overrides(config: Config, listen: str | None, admin: str | None) -> Con
             parse_address(text or ":0")
         except ValueError as error:
             raise ConfigError("command line", name, f"{error}, got {show(text)}") from None
-    changed = msgspec.structs.replace(config, listen=listen or config.listen, admin=admin or config.admin)
+    changed = msgspec.structs.replace(
+        config,
+        listen=listen or config.listen,
+        admin=admin or config.admin,
+        workers=workers or config.workers,
+    )
     return _check_config(changed)
 
 

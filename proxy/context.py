@@ -7,8 +7,10 @@ else is handed sideways between the stations of a request.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import os
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -17,6 +19,10 @@ from proxy.errors import Dialect, Reason
 if TYPE_CHECKING:
     from proxy.core import Core
     from proxy.endpoints import Endpoint
+
+
+_PROCESS = f"{os.getpid():x}"
+_numbers = itertools.count(1)
 
 
 class Phase(StrEnum):
@@ -54,6 +60,7 @@ class Context:
         "started_at",
         "status",
         "stopped",
+        "stream_id",
         "streaming",
         "task",
         "upstream",
@@ -61,6 +68,7 @@ class Context:
 
     def __init__(self, request_id: str, endpoint: Endpoint | None, started_at: float) -> None:
         self.request_id = request_id
+        self.stream_id = f"{_PROCESS}-{next(_numbers)}"  # ours: a caller may repeat its request id
         self.endpoint = endpoint
         self.started_at = started_at
         self.task = asyncio.current_task()
@@ -91,6 +99,22 @@ class Context:
     @property
     def route(self) -> str:
         return self.endpoint.name if self.endpoint is not None else "other"
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """What an operator sees of it. Ages are seconds."""
+        return {
+            "id": self.stream_id,
+            "request_id": self.request_id,
+            "route": self.route,
+            "model": self.model,
+            "upstream": self.upstream,
+            "phase": self.phase.value,
+            "age_s": round(now - self.started_at, 3),
+            "ttft_s": None
+            if self.first_token_at is None
+            else round(self.first_token_at - self.started_at, 4),
+            "client_ip": self.client_ip,
+        }
 
     def stop(self, reason: Reason) -> None:
         """Ends the request from outside (drain, kill). The task sees a cancellation that carries a reason;

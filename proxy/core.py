@@ -18,11 +18,11 @@ class Bodies:
     """The bytes of all request bodies that are held at once; past the limit new ones are refused."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self.held = 0
 
     def take(self, size: int) -> None:
-        if self.held + size > self._limit:
+        if self.held + size > self.limit:
             raise Overloaded
         self.held += size
 

@@ -120,6 +120,14 @@ class BadRequest(HeadraceError):
         self.code = code
 
 
+class OperationError(Exception):
+    """The operator asked for something that cannot be done; the text is one line that names the fix."""
+
+
+class StartError(OperationError):
+    """A server or a worker cannot start."""
+
+
 class InvalidCredential(HeadraceError):
     status = 401
     code = "invalid_api_key"

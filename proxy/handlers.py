@@ -45,7 +45,9 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
         ctx.bytes_in = len(body)
         ctx.phase = Phase.QUEUE
         asked = _read_fields(endpoint, body)
-        ctx.model, targets = core.route(_model_name(core, endpoint, asked))
+        name = _model_name(core, endpoint, asked)
+        ctx.model = None if name is None else "other"  # until it is known to be configured: a closed set
+        ctx.model, targets = core.route(name)
         job = Job(
             request.method,
             endpoints.upstream_path(request.raw_path),

@@ -112,9 +112,11 @@ def to_caller(fields: RawHeaders, *, keep_ratelimit: bool) -> list[tuple[str, st
     kept: list[tuple[str, str]] = []
     for name, value in fields:
         lower = name.lower()
+        if _FORBIDDEN_VALUE.search(value):
+            continue
         if lower in (b"x-request-id", b"request-id"):
             kept.append(("x-upstream-request-id", _text(value)))
-        elif lower in _RESPONSE_DROP or lower in extra or _FORBIDDEN_VALUE.search(value):
+        elif lower in _RESPONSE_DROP or lower in extra:
             continue
         elif keep_ratelimit or not lower.startswith((b"x-ratelimit-", b"anthropic-ratelimit-")):
             kept.append((_text(name), _text(value)))

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
+import queue
+import threading
 import time
 from collections.abc import Mapping, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -64,19 +64,64 @@ class RequestLine(msgspec.Struct):
     error: str | None = None  # our error code, if we made the answer
 
 
+def refusal_line(status: int, code: str, reason: str, request_id: str, peer: str) -> RequestLine:
+    """The line of a request that never became one."""
+    return RequestLine(
+        ts=timestamp(),
+        level="info",
+        event="request",
+        request_id=request_id,
+        key_id=None,
+        plan=None,
+        method="UNKNOWN",
+        route="other",
+        model=None,
+        upstream=None,
+        attempts=0,
+        status=status,
+        reason=reason,
+        queue_ms=None,
+        ttfb_ms=None,
+        ttft_ms=None,
+        duration_ms=0.0,
+        chunks=0,
+        bytes_in=0,
+        bytes_out=0,
+        prompt_tokens=None,
+        completion_tokens=None,
+        usage_source=None,
+        cost_usd=None,
+        client_ip=peer,
+        error=code,
+    )
+
+
 class Sink:
-    """Bytes to standard output or to a file, written by one thread."""
+    """Bytes to standard output or to a file, written by one thread.
+
+    A thread of its own and not an executor: the interpreter waits at its end for an executor's threads, and
+    one that hangs in a pipe that nobody reads would never let the process end.
+    """
 
     def __init__(self, path: str | None) -> None:
-        self.dropped = 0
         self._path = path
-        self._file = open(path, "ab", buffering=0) if path else None  # noqa: SIM115 - lives as long as we do
-        self._inode = os.stat(path).st_ino if path else 0
+        self._fd = _open(path) if path else 1
         self._pending: list[bytes] = []
-        self._writing = 0
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="log")
+        # Each counter has one writer: `x += 1` of two threads loses counts.
+        self._refused = 0
+        self._handed = 0
+        self._written = 0
+        self._lost = 0
+        self._batches: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write_batches, name="log", daemon=True)
+        self._writer.start()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scheduled = False
+
+    @property
+    def dropped(self) -> int:
+        """Lines that no sink took."""
+        return self._refused + self._lost
 
     def attach(self, loop: asyncio.AbstractEventLoop | None) -> None:
         """From now on lines are written in batches by the loop's timer; None: at once (start, stop)."""
@@ -85,8 +130,8 @@ class Sink:
         self.flush()
 
     def write(self, line: bytes) -> None:
-        if len(self._pending) + self._writing >= _MAX_PENDING:
-            self.dropped += 1
+        if len(self._pending) + self._handed - self._written >= _MAX_PENDING:
+            self._refused += 1
             return
         self._pending.append(line)
         if self._loop is None:
@@ -99,45 +144,48 @@ class Sink:
         self._scheduled = False
         if self._pending:
             lines, self._pending = self._pending, []
-            self._writing += len(lines)
-            self._writer.submit(self._write_batch, lines)
+            self._handed += len(lines)
+            self._batches.put(lines)
 
     def close(self, wait_s: float = 2.0) -> None:
         """Writes what is left, but waits no longer than that for a sink that does not take it."""
         self._loop = None
         self.flush()
-        self._writer.shutdown(wait=False)
-        limit = time.monotonic() + wait_s
-        while self._writing and time.monotonic() < limit:
-            time.sleep(0.005)  # the loop has ended: there is nothing left to block
-        if self._file is not None and not self._writing:
-            self._file.close()
+        self._batches.put(None)
+        self._writer.join(wait_s)
+
+    def _write_batches(self) -> None:
+        while (lines := self._batches.get()) is not None:
+            self._write_batch(lines)
+            self._written += len(lines)
+        if self._path is not None:
+            os.close(self._fd)
 
     def _write_batch(self, lines: list[bytes]) -> None:
         try:
-            if self._file is not None:
-                self._reopen_if_moved()
-                self._file.write(b"".join(lines))
-            else:
-                sys.stdout.buffer.write(b"".join(lines))
-                sys.stdout.buffer.flush()
-        except (OSError, ValueError):
-            self.dropped += len(lines)
-        finally:
-            self._writing -= len(lines)
+            self._reopen_if_moved()
+            rest = memoryview(b"".join(lines))
+            while rest:  # a pipe or a nearly full disk may take a part
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError:
+            self._lost += len(lines)
 
     def _reopen_if_moved(self) -> None:
         """logrotate renames the file and expects a new one under the old name."""
-        assert self._path is not None
+        if self._path is None:
+            return
         try:
-            same = os.stat(self._path).st_ino == self._inode
+            same = os.path.samestat(os.stat(self._path), os.fstat(self._fd))
         except FileNotFoundError:
             same = False
         if not same:
-            assert self._file is not None
-            self._file.close()
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - lives as long as we do
-            self._inode = os.stat(self._path).st_ino
+            opened = _open(self._path)
+            os.close(self._fd)
+            self._fd = opened
+
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
 class _SinkLogger:

@@ -17,6 +17,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
 Labels = tuple[str, ...]
+#: The metrics of a process as plain data: attribute -> (labels, value), a histogram's value is its row.
+Snapshot = dict[str, list[tuple[Labels, float | list[float]]]]
 
 _DURATION = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 _FIRST_MS = (5, 10, 25, 50, 100, 150, 200, 300, 400, 500, 750, 1000, 1500, 2000, 3000, 5000, 7500)
@@ -39,6 +41,10 @@ class Counter:
     def add(self, labels: Labels = (), amount: float = 1) -> None:
         values = self.values
         values[labels] = values.get(labels, 0) + amount
+
+    def absorb(self, labels: Labels, value: float | list[float]) -> None:
+        assert not isinstance(value, list)
+        self.add(labels, value)
 
     def family(self) -> Metric:
         family = CounterMetricFamily(self.name, self.help, labels=self.labels)
@@ -85,6 +91,10 @@ class Histogram:
         for at, count in enumerate(counts):
             row[at] += count
         row[-1] += total
+
+    def absorb(self, labels: Labels, value: float | list[float]) -> None:
+        assert isinstance(value, list)
+        self.merge(labels, value[:-1], value[-1])
 
     def _row(self, labels: Labels) -> list[float]:
         row = self.values.get(labels)
@@ -152,14 +162,31 @@ class Metrics:
             "event_loop_lag_seconds", "How late a timer of the event loop fired.", (), _OVERHEAD
         )
         self.log_dropped = Counter("log_lines_dropped_total", "Log lines that no sink took.")
+        self.config_reloads = Counter("config_reloads_total", "Reloads by result.", ("result",))
+        self.workers_replaced = Counter("workers_replaced_total", "Workers that died or hung.")
         self.build_info = Gauge("build_info", "Constant 1.", ("version",))
         self.build_info.set((version,), 1)
         # Series without labels exist from the start: a rate over a missing series is no rate.
-        for metric in (self.response_bytes, self.heartbeats, self.log_dropped):
+        for metric in (self.response_bytes, self.heartbeats, self.log_dropped, self.workers_replaced):
             metric.add((), 0)
 
+    def snapshot(self) -> Snapshot:
+        """Everything as plain data, for another process."""
+        return {name: list(metric.values.items()) for name, metric in self._all() if metric.values}
+
+    def absorb(self, snapshot: Snapshot, *, levels: bool) -> None:
+        """Adds another process's figures; without `levels` (it is gone) only what never goes down."""
+        for name, metric in self._all():
+            if isinstance(metric, Gauge) and not (levels and metric is not self.build_info):
+                continue
+            for labels, value in snapshot.get(name, ()):
+                metric.absorb(labels, value)
+
+    def _all(self) -> list[tuple[str, Counter | Histogram]]:
+        return [(name, item) for name, item in vars(self).items() if isinstance(item, (Counter, Histogram))]
+
     def __iter__(self) -> Iterator[Counter | Histogram]:
-        return iter([value for value in vars(self).values() if isinstance(value, (Counter, Histogram))])
+        return iter([metric for _, metric in self._all()])
 
 
 class _Collector:

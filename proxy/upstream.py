@@ -58,6 +58,7 @@ class Upstream:
 
     def __init__(self, name: str, settings: config.Upstream, base_url: str, *, push: bool) -> None:
         self.name = name
+        self.settings = settings
         self.timeouts = settings.timeouts
         self.in_flight = 0
         self._url = URL(base_url, encoded=True)

@@ -174,8 +174,7 @@ class Reader:
             case inspect.Metadata():
                 return self._annotated(kind, raw, path)
             case inspect.UnionType():
-                present = next(option for option in kind.types if not isinstance(option, inspect.NoneType))
-                return None if raw is None else self.value(present, raw, path)
+                return self._union(kind, raw, path)
             case inspect.StructType():
                 return self.section(kind, raw, path)
             case inspect.DictType():
@@ -188,6 +187,17 @@ class Reader:
                 return self._number(kind, raw, path)
             case _:
                 return self._text(raw, path, show(raw))
+
+    def _union(self, kind: inspect.UnionType, raw: object, path: str) -> object:
+        """A value or null; or a number or one of some words."""
+        options = [option for option in kind.types if not isinstance(option, inspect.NoneType)]
+        if raw is None and len(options) < len(kind.types):
+            return None
+        text = self._substitute(raw, path) if isinstance(raw, str) else None
+        words = [option for option in options if isinstance(option, inspect.LiteralType)]
+        if any(text in option.values for option in words):
+            return text
+        return self.value(next(option for option in options if option not in words), raw, path)
 
     def _error(self, path: str, message: str) -> ConfigError:
         return ConfigError(self._source, path, message)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from proxy.context import CONTEXT, Context
-from proxy.errors import HeadraceError, Internal, NotFound, Reason, Refused, UpstreamFailed
+from proxy.errors import Draining, HeadraceError, Internal, Killed, NotFound, Reason, Refused, UpstreamFailed
 
 
 @web.middleware
@@ -17,6 +19,14 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     except HeadraceError as error:
         return respond(ctx, error)
+    except asyncio.CancelledError:
+        # Drain and kill cancel with a reason, in any phase; without one the caller has left.
+        if ctx.stopped is None or ctx.committed:
+            raise
+        task = asyncio.current_task()
+        assert task is not None
+        task.uncancel()
+        return respond(ctx, Draining() if ctx.stopped is Reason.DRAINED else Killed())
     except web.HTTPException as error:
         # aiohttp's own router, for the few paths that reach it.
         return respond(ctx, NotFound() if error.status == 404 else Refused(error.status))

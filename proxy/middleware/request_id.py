@@ -20,7 +20,7 @@ async def request_id(request: web.Request, handler: Handler) -> web.StreamRespon
     ctx = Context(chosen, endpoints.match(request.method, path), now)
     core = request.app[CORE]
     ctx.client_ip = headers.client_ip(
-        request.remote, request.headers.getall("x-forwarded-for", ()), core.config.trusted_networks
+        request.remote or None, request.headers.getall("x-forwarded-for", ()), core.config.trusted_networks
     )
     request[CONTEXT] = ctx
     return await handler(request)

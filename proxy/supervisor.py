@@ -1,0 +1,411 @@
+"""The front of all processes: binds the sockets, runs the workers, holds the admin listener.
+
+With `workers: 1` the one worker is a `Server` in this process. With more, each is a process of its own that
+accepts from the same listening socket (measured: 2 workers share 1,000 connections 51:49 to 55:45, and
+nothing is lost when one dies; with SO_REUSEPORT what a closing listener had in its backlog is reset). Workers
+are fresh interpreters, not forks: what they run is the code on disk.
+
+A restart starts a second front with the same sockets; when it serves, this one stops accepting, drains, and
+reports its figures to the new one until it ends, so that no counter goes backwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from proxy import __version__, admin, config, listen
+from proxy.control import Channel, ControlError
+from proxy.downstream import Limits, Runner
+from proxy.errors import OperationError, StartError
+from proxy.keeper import Keeper
+from proxy.log import RequestLog, Sink
+from proxy.metrics import Metrics, Snapshot
+from proxy.server import Server
+from proxy.tasks import spawn
+from proxy.workers import (
+    START_S,
+    LocalWorker,
+    RemoteWorker,
+    Worker,
+    answer_worker_verb,
+    encode_settings,
+)
+from proxy.yamlstruct import ConfigError
+
+_ADMIN_CONNECTIONS = 100
+#: Descriptors handed to a new generation: data listener, admin listener, handover channel.
+_INHERIT = "HEADRACE_INHERIT"
+#: What a reload cannot change, because it is bound or built once.
+_FIXED = ("listen", "admin", "workers", "log")
+
+
+class Front:
+    """See the module's docstring. `load` reads the configuration again, for a reload."""
+
+    def __init__(
+        self,
+        settings: config.Config,
+        load: Callable[[], config.Config],
+        sink: Sink,
+        request_log: RequestLog,
+        *,
+        push: bool,
+    ) -> None:
+        self.settings = settings
+        self.port = 0
+        self.admin_port = 0
+        self.draining = False
+        self._load = load
+        self._sink = sink
+        self._request_log = request_log
+        self._push = push
+        self._metrics = Metrics(__version__)  # the front's own, and what the dead have counted
+        self._workers: list[Worker] = []
+        self._elders: list[RemoteWorker] = []  # generations that still drain
+        self._listener: socket.socket | None = None
+        self._admin_socket: socket.socket | None = None
+        self._admin_runner: web.AppRunner | None = None
+        self._handover: Channel | None = None
+        self._restarting = False
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._drain_s = settings.drain
+        self._keepers: list[Keeper] = []
+
+    # ── start ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def start(self) -> None:
+        """Binds or inherits the sockets, starts workers and the admin listener. Raises StartError."""
+        self._sink.attach(asyncio.get_running_loop())
+        inherited = _inherited()
+        if inherited is None:
+            self._listener = listen.bind(self.settings.listen_address)
+            self._admin_socket = listen.bind(self.settings.admin_address)
+        else:
+            self._listener, self._admin_socket, handover = inherited
+        self.port, self.admin_port = listen.port_of(self._listener), listen.port_of(self._admin_socket)
+        app = self._admin_app()
+        await self._start_workers()
+        self._admin_runner = Runner(  # ours, because aiohttp's parser quotes what it refuses: the token
+            app,
+            Limits(_ADMIN_CONNECTIONS, self.settings.timeouts.header),
+            lambda *_: None,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=1,
+        )
+        await self._admin_runner.setup()
+        await web.SockSite(self._admin_runner, self._admin_socket).start()
+        if inherited is not None:
+            await self._take_over(handover)
+
+    async def _start_workers(self) -> None:
+        assert self._listener is not None
+        if self.settings.worker_count == 1:
+            server = Server(self.settings, self._sink, self._request_log, push=self._push)
+            self._workers.append(LocalWorker(server))
+            await server.start(self._listener)
+            return
+        for number in range(self.settings.worker_count):
+            keeper = Keeper(number, self._listener, self._greet, self._workers.append, self._left)
+            self._keepers.append(keeper)
+            spawn(keeper.run(), f"keep worker {number}")
+        await asyncio.gather(*(keeper.serving for keeper in self._keepers))
+
+    def _greet(self, worker: RemoteWorker) -> None:
+        assert worker.channel is not None
+        worker.channel.note("settings", [encode_settings(self.settings), self._push])
+
+    def _left(self, worker: RemoteWorker) -> None:
+        """A worker's process has ended: what it has counted stays counted."""
+        self._workers.remove(worker)
+        self._metrics.absorb(worker.last, levels=False)
+        if not self.draining:
+            self._metrics.workers_replaced.add()
+
+    def _admin_app(self) -> web.Application:
+        address, token = self.settings.admin_address, self.settings.admin_token
+        if not address.loopback and token is None:
+            raise StartError("admin: this address is not loopback, so `admin_token` has to be set")
+        return admin.make_app(self, token=None if address.loopback else token)
+
+    # ── what the admin listener asks ─────────────────────────────────────────────────────────────────────
+
+    def ready(self) -> bool:
+        return not self.draining and bool(self._workers)
+
+    async def state(self) -> dict[str, Any]:
+        """The sum over all workers, draining generations included; `workers` counts those that serve."""
+        total: dict[str, Any] = {}
+        for state in await self._ask(self._everybody(), lambda worker: worker.state()):
+            for name, value in state.items():
+                total[name] = total.get(name, 0) + value
+        total["workers"] = len(self._workers)
+        total["draining"] = self.draining
+        return total
+
+    async def page(self) -> Metrics:
+        """The metrics of all workers, living and dead."""
+        total = Metrics(__version__)
+        total.absorb(self._metrics.snapshot(), levels=True)
+        answered = await self._ask(self._everybody(), lambda worker: worker.snapshot())
+        for snapshot in answered:
+            total.absorb(snapshot, levels=True)
+        return total
+
+    async def figures(self) -> Snapshot:
+        return (await self.page()).snapshot()
+
+    async def streams(self) -> list[dict[str, Any]]:
+        lists = await self._ask(self._everybody(), lambda worker: worker.streams())
+        return [stream for streams in lists for stream in streams]
+
+    async def kill(self, stream_id: str) -> bool:
+        return any(await self._ask(self._everybody(), lambda worker: worker.kill(stream_id)))
+
+    def _everybody(self) -> list[Worker]:
+        return [*self._workers, *self._elders]
+
+    async def _ask(self, workers: Iterable[Worker], ask: Callable[[Worker], Awaitable[Any]]) -> list[Any]:
+        """The answers of those that answer; one that has just died is not waited for, its figures are what
+        it said last."""
+        answers = await asyncio.gather(*(ask(worker) for worker in workers), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, ControlError):
+                raise answer
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    # ── reload ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def reload(self) -> None:
+        """All workers change to the configuration on disk, or none does. Raises ConfigError or StartError."""
+        try:
+            await self._reload()
+        except (ConfigError, StartError) as error:
+            self._metrics.config_reloads.add(("error",))
+            structlog.get_logger().error("reload_failed", why=str(error))
+            raise
+        self._metrics.config_reloads.add(("ok",))
+        structlog.get_logger().info("reloaded", configuration=self.settings.source)
+
+    async def _reload(self) -> None:
+        settings = self._load()
+        for name in _FIXED:
+            if getattr(settings, name) != getattr(self.settings, name):
+                raise ConfigError(
+                    settings.source, name, "cannot change while running: use `headrace restart`"
+                )
+        workers = list(self._workers)
+        try:
+            for worker in workers:
+                await worker.prepare(settings)
+        except (ControlError, OSError, ValueError) as error:
+            await self._ask(workers, lambda worker: worker.discard())
+            raise StartError(f"nothing was changed: {error}") from error
+        self.settings = settings  # a worker that dies now comes back with the new one
+        self._drain_s = settings.drain
+        await self._ask(workers, lambda worker: worker.commit())
+
+    # ── restart ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def restart(self) -> int:
+        """Starts a new generation on the same sockets; returns its pid once it serves. Then this one drains
+        for up to the longest `timeouts.total`. Raises StartError, and nothing has changed."""
+        if self._restarting or self.draining:
+            raise StartError("a restart or a drain is already under way")
+        self._restarting = True
+        try:
+            return await self._start_generation()
+        finally:
+            self._restarting = False
+
+    async def _start_generation(self) -> int:
+        assert self._listener is not None
+        assert self._admin_socket is not None
+        ours, theirs = socket.socketpair()
+        descriptors = [self._listener.fileno(), self._admin_socket.fileno(), theirs.fileno()]
+        with theirs:
+            process = await asyncio.to_thread(
+                subprocess.Popen,
+                [sys.executable, "-m", "proxy", *sys.argv[1:]],
+                pass_fds=descriptors,
+                env={**os.environ, _INHERIT: ",".join(map(str, descriptors))},
+            )
+        serving = asyncio.get_running_loop().create_future()
+        ours.setblocking(False)
+        self._handover = await Channel.open(ours, self._answer_heir, _resolve(serving))
+        try:
+            async with asyncio.timeout(START_S):
+                await asyncio.wait([serving, self._handover.closed], return_when=asyncio.FIRST_COMPLETED)
+            if not serving.done():
+                raise StartError("the new generation ended while it started; see its log")
+        except (TimeoutError, StartError) as error:
+            process.kill()
+            self._handover.close()
+            self._handover = None
+            raise StartError(str(error) or "the new generation does not start in time") from None
+        structlog.get_logger().info("handed_over", to=process.pid)
+        self._drain_s = max(up.timeouts.total for up in self.settings.upstreams.values())
+        self._stop.set()
+        return process.pid
+
+    async def _answer_heir(self, verb: str, payload: Any) -> Any:
+        """The new generation asks us what it would ask a worker."""
+        return await answer_worker_verb(_AsWorker(self), verb, payload)
+
+    async def _take_over(self, sock: socket.socket) -> None:
+        elder = RemoteWorker(os.getppid())
+        await elder.connect(sock)
+        assert elder.channel is not None
+        elder.channel.note("serving")
+        self._elders.append(elder)
+        spawn(self._until_gone(elder), "previous generation")
+
+    async def _until_gone(self, elder: RemoteWorker) -> None:
+        assert elder.channel is not None
+        await asyncio.shield(elder.channel.closed)
+        self._elders.remove(elder)
+        self._metrics.absorb(elder.last, levels=False)
+
+    # ── the life of the process ──────────────────────────────────────────────────────────────────────────
+
+    async def run(self, announce: Callable[[Front], None]) -> None:
+        """Until SIGTERM, SIGINT or a restart; a second SIGTERM ends the drain at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_terminate)
+        loop.add_signal_handler(signal.SIGHUP, lambda: spawn(self._quietly(self.reload()), "reload"))
+        loop.add_signal_handler(signal.SIGUSR2, lambda: spawn(self._quietly(self.restart()), "restart"))
+        try:
+            await self.start()
+            announce(self)
+            await self._stop.wait()
+            await self.drain()
+        finally:
+            await self.close()
+
+    def _on_terminate(self) -> None:
+        (self._hurry if self._stop.is_set() else self._stop).set()
+
+    async def _quietly(self, work: Awaitable[Any]) -> None:
+        """A signal has nobody to tell: the log line is the answer."""
+        try:
+            await work
+        except (ConfigError, OperationError) as error:
+            structlog.get_logger().error("signal_refused", why=str(error))
+
+    async def drain(self) -> None:
+        """Readiness 503, no new connections, running requests to their end or to the deadline."""
+        self.draining = True
+        if self._handover is not None and self._admin_runner is not None:
+            for site in list(self._admin_runner.sites):
+                await site.stop()  # the new generation answers there now
+        for keeper in self._keepers:
+            keeper.stop()
+        drains = asyncio.gather(
+            *(worker.drain(self._drain_s) for worker in self._workers), return_exceptions=True
+        )
+        hurry = spawn(self._pass_on_hurry(), "hurry")
+        await drains
+        hurry.cancel()
+
+    async def _pass_on_hurry(self) -> None:
+        await self._hurry.wait()
+        await self._ask(self._workers, lambda worker: worker.hurry())
+
+    async def close(self) -> None:
+        """Ends everything; the figures go to the new generation if there is one."""
+        self.draining = True
+        if self._handover is not None:
+            self._handover.note("figures", msgspec.msgpack.encode(await self.figures()))
+            self._handover.close()
+            await asyncio.sleep(0)
+        for worker in list(self._workers):
+            await worker.close()
+        for keeper in self._keepers:
+            keeper.terminate()
+        if self._admin_runner is not None:
+            await self._admin_runner.cleanup()
+        for sock, address in (
+            (self._listener, self.settings.listen_address),
+            (self._admin_socket, self.settings.admin_address),
+        ):
+            listen.close(sock, address, keep_path=self._handover is not None)
+        self._sink.attach(None)
+
+    # ── what a person reads ──────────────────────────────────────────────────────────────────────────────
+
+    def address(self) -> str:
+        """The data listener as a URL."""
+        return listen.url(self.settings.listen_address, self.port, "https" if self.settings.tls else "http")
+
+    def admin_address(self) -> str:
+        return listen.url(self.settings.admin_address, self.admin_port, "http")
+
+    def banner(self) -> str:
+        """What a newcomer needs first."""
+        base, names = self.address(), list(self.settings.models)
+        model = next((name for name in names if "*" not in name and "?" not in name), "…")
+        body = f'{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Hello"}}]}}'
+        unix = self.settings.listen_address.unix_path
+        flag = f"--unix-socket {unix} " if unix else ""
+        return "\n".join(
+            [
+                f"headrace {__version__}, configuration: {self.settings.source}",
+                f"  data   {base}/v1",
+                f"  admin  {self.admin_address()}/metrics",
+                f"  models {', '.join(names)}",
+                "",
+                f"  curl -N {flag}{base}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+                "",
+            ]
+        )
+
+
+class _AsWorker(LocalWorker):
+    """A whole front, seen as one worker by the generation after it."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    async def state(self) -> dict[str, int]:
+        state = await self._front.state()
+        return {name: value for name, value in state.items() if not isinstance(value, bool)}
+
+    async def snapshot(self) -> Snapshot:
+        return await self._front.figures()
+
+    async def streams(self) -> list[dict[str, Any]]:
+        return await self._front.streams()
+
+    async def kill(self, stream_id: str) -> bool:
+        return await self._front.kill(stream_id)
+
+
+def _resolve(future: asyncio.Future[None]) -> Callable[[str, Any], None]:
+    def heard(verb: str, _: Any) -> None:
+        if verb == "serving" and not future.done():
+            future.set_result(None)
+
+    return heard
+
+
+def _inherited() -> tuple[socket.socket, socket.socket, socket.socket] | None:
+    """The sockets of the generation before, if this one was started by a restart."""
+    named = os.environ.pop(_INHERIT, None)
+    if named is None:
+        return None
+    listener, admin_socket, handover = (socket.socket(fileno=int(number)) for number in named.split(","))
+    handover.setblocking(False)
+    return listener, admin_socket, handover

@@ -1,0 +1,84 @@
+"""A worker process: a `Server` at the other end of the supervisor's control channel."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from typing import Any
+
+import msgspec
+
+from proxy import config, log
+from proxy.control import Channel
+from proxy.errors import StartError
+from proxy.server import Server
+from proxy.tasks import spawn
+from proxy.workers import LocalWorker, answer_worker_verb
+
+#: How often it says that its loop is alive, with its figures: what it had counted when it was killed is then
+#: at most this old.
+_SPEAK_EVERY_S = 1.0
+
+
+class WorkerProcess:
+    """The settings come first over the channel; when the channel ends (the supervisor died), so does this."""
+
+    def __init__(self) -> None:
+        self._settings: asyncio.Future[tuple[config.Config, bool]] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._stop: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._local: LocalWorker | None = None
+
+    async def run(self, control: socket.socket, listener: socket.socket) -> None:
+        channel = await Channel.open(control, self._answer, self._heard)
+        channel.closed.add_done_callback(lambda _: self._end(0.0))
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, lambda: self._end(None))
+        # Ctrl-C reaches the whole process group; the supervisor says what to do about it.
+        loop.add_signal_handler(signal.SIGINT, lambda: None)
+        settings, push = await self._settings
+        sink, request_log = log.configure(
+            path=settings.log.file, level=settings.log.level, text=settings.log.format == "text"
+        )
+        server = Server(settings, sink, request_log, push=push)
+        self._local = local = LocalWorker(server)
+        try:
+            await server.start(listener)
+        except (StartError, OSError) as error:
+            channel.note("failed", str(error))
+            channel.close()
+            return
+        channel.note("ready")
+        speaking = spawn(self._speak(channel, server), "speak")
+        limit_s = await self._stop
+        await local.drain(settings.drain if limit_s is None else limit_s)
+        speaking.cancel()
+        channel.note("figures", msgspec.msgpack.encode(server.snapshot()))
+        await server.close()
+        sink.attach(None)
+        sink.close()
+        channel.close()
+
+    async def _speak(self, channel: Channel, server: Server) -> None:
+        while True:
+            channel.note("figures", msgspec.msgpack.encode(server.snapshot()))
+            await asyncio.sleep(_SPEAK_EVERY_S)
+
+    def _end(self, limit_s: float | None) -> None:
+        if not self._stop.done():
+            self._stop.set_result(limit_s)  # type: ignore[arg-type] # None: the configured drain
+
+    async def _answer(self, verb: str, payload: Any) -> Any:
+        assert self._local is not None
+        return await answer_worker_verb(self._local, verb, payload)
+
+    def _heard(self, verb: str, payload: Any) -> None:
+        if verb == "settings":
+            raw, push = payload
+            self._settings.set_result((msgspec.msgpack.decode(raw, type=config.Config), push))
+        elif verb == "drain":
+            self._end(payload)
+        elif verb == "hurry" and self._local is not None:
+            spawn(self._local.hurry(), "hurry")
