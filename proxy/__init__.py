@@ -10,16 +10,18 @@ rules (no I/O, no clock of their own)
     endpoints   the allow-list of methods and paths
     headers     which fields cross the proxy
     peek        what a JSON body says about routing and cost
+    bucket      token bucket (GCRA) arithmetic
     sse         where a stream stands: boundary, first token, terminator
     answers     which of an upstream's answers are passed on
 resources
     listen      listening sockets
-    control     the channel between processes
     log         the request line, and a sink that never blocks
     metrics     every metric, named once
     tasks       the one way to start a background task
+    control     the channel between processes
     wire        one exchange on a pooled connection, below ClientSession
     upstream    an upstream: address, credential, pool
+    state/ memory
 data path
     context     what one request knows about itself
     core        what all requests of a process share

@@ -30,8 +30,8 @@ def refuse_unusable(status: int) -> None:
 
 
 def is_event_stream(status: int, fields: RawHeaders) -> bool:
-    content_type = value_of(fields, b"content-type") or b""
-    return 200 <= status < 300 and content_type.lower().startswith(b"text/event-stream")
+    media_type = (value_of(fields, b"content-type") or b"").partition(b";")[0]
+    return 200 <= status < 300 and media_type.strip().lower() == b"text/event-stream"
 
 
 def late_refusal(status: int) -> HeadraceError:

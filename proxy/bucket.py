@@ -48,8 +48,9 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 def take(tat_ns: int, rate_per_minute: float, burst: int, amount: int, now: float) -> tuple[int, Decision]:
     """Takes `amount` units or none: the new tat, and the decision.
 
-    `rate_per_minute` is above 0; `burst` and `amount` are 0 or more (a burst of 0 allows nothing, an amount
-    of 0 asks whether the bucket is out of debt). `now` is in seconds of any clock that all callers share.
+    `rate_per_minute` is above 0; `burst` and `amount` are 0 or more: a burst of 0 allows nothing, an amount
+    of 0 asks whether the bucket is out of debt. A burst is cut at what 73 years bring. `now` is in seconds of
+    any clock that all callers share.
     A refusal returns the tat unchanged, or lowered to the debt limit after a clock jumped back.
     """
     interval, capacity, now_ns = _terms(rate_per_minute, burst, now)

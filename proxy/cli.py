@@ -115,7 +115,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise StartError("aiohttp runs without its C parser: install a wheel, unset AIOHTTP_NO_EXTENSIONS")
     sink, request_log = _open_log(settings)
     try:
-        uvloop.run(Front(settings, load, sink, request_log, push=True).run(_announce))
+        uvloop.run(Front(settings, load, sink, request_log, push=True, environ=os.environ).run(_announce))
     finally:
         sink.close()
     return 0

@@ -128,6 +128,12 @@ class Connection(RequestHandler):
             self._listener.idle[self] = None
         return finished
 
+    def eof_received(self) -> None:
+        """A caller that has sent FIN has left. With bytes it does not take, a close would wait for it."""
+        super().eof_received()
+        if self._current_request is not None and self.transport is not None:
+            self.transport.abort()
+
     def connection_lost(self, exc: BaseException | None) -> None:
         if not self._counted:
             return

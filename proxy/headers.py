@@ -154,8 +154,8 @@ def client_ip(peer: str | None, forwarded_for: Iterable[str], trusted: Networks)
     X-Forwarded-For is only believed if the socket's peer is trusted; a value that is no address ends the
     walk, because everything left of it was written by somebody unknown.
     """
-    if peer is None:
-        return "unix" if not trusted else _walk("unix", forwarded_for, trusted)
+    if not peer:  # a unix socket: whoever may open it is trusted
+        return _walk("unix", forwarded_for, trusted)
     return _walk(peer, forwarded_for, trusted) if _trusted(peer, trusted) else peer
 
 

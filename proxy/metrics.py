@@ -164,6 +164,8 @@ class Metrics:
         self.log_dropped = Counter("log_lines_dropped_total", "Log lines that no sink took.")
         self.config_reloads = Counter("config_reloads_total", "Reloads by result.", ("result",))
         self.workers_replaced = Counter("workers_replaced_total", "Workers that died or hung.")
+        for result in ("ok", "error"):
+            self.config_reloads.add((result,), 0)
         self.build_info = Gauge("build_info", "Constant 1.", ("version",))
         self.build_info.set((version,), 1)
         # Series without labels exist from the start: a rate over a missing series is no rate.

@@ -262,18 +262,18 @@ def _tls(settings: config.Config) -> ssl.SSLContext | None:
 
 def connections_that_fit(settings: config.Config) -> int:
     """This process's share of `max_connections`; the soft limit of descriptors is raised to fit it, or the
-    cap is lowered to fit the hard limit. A stream takes two descriptors, one more with the embedded mock."""
+    cap is lowered to fit the hard limit. A stream takes two descriptors; the embedded mock's end takes one
+    more, which counts only where they are short."""
     wanted = -(-settings.max_connections // settings.worker_count)
     embedded = any(entry.base_url == config.MOCK_URL for entry in settings.upstreams.values())
-    each = 3 if embedded else 2
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = each * wanted + _SPARE_DESCRIPTORS
+    need = 2 * wanted + _SPARE_DESCRIPTORS
     if soft < need:
         soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    fits = max(1, (soft - _SPARE_DESCRIPTORS) // each)
-    if fits >= wanted:
+    if soft >= need:
         return wanted
+    fits = max(1, (soft - _SPARE_DESCRIPTORS) // (3 if embedded else 2))
     if settings.written_max_connections:
         raise StartError(
             f"max_connections: {settings.max_connections} need {need} file descriptors, the limit is {soft}: "

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import re
 
+import msgspec
+
 from proxy.errors import Dialect
 
 #: A usage or error event is a few hundred bytes; the rest is slack for a long last content event.
@@ -43,6 +45,7 @@ _FIRST_TOKEN = re.compile(
     rb'|"(?:tool_calls|function_call)": ?[\[{]|"type": ?"tool_use"'
 )
 _FIRST_TOKEN_REACH = 48  # a match is at most this long: how far to look back over a cut
+_BLANK_LINE = re.compile(rb"\n\r?\n|\r\r")
 _FINISH_REASON = re.compile(rb'"finish_reason": ?"[^"]')
 _IN_BAND_ERROR = re.compile(
     rb"(?:\A|[\r\n])(?:event: ?error[\r\n]"
@@ -58,7 +61,17 @@ class Scanner:
     first_token: something worth showing has passed.
     """
 
-    __slots__ = ("_announced", "_needles", "_reach", "_tail", "_terminator", "first_token", "terminated")
+    __slots__ = (
+        "_announced",
+        "_failed",
+        "_finished",
+        "_needles",
+        "_reach",
+        "_tail",
+        "_terminator",
+        "first_token",
+        "terminated",
+    )
 
     def __init__(self, dialect: Dialect, *, expects_terminator: bool) -> None:
         self._tail = bytearray()
@@ -66,6 +79,8 @@ class Scanner:
         self._reach = max((len(needle) for needle in self._needles), default=0)
         self._terminator = _TERMINATORS[dialect]
         self._announced = False
+        self._finished = False
+        self._failed = False
         self.terminated = False
         self.first_token = False
 
@@ -75,6 +90,7 @@ class Scanner:
         Everything here is on the data path: a few C calls for a read that brings neither.
         """
         tail = self._tail
+        shown = self.first_token
         fresh = len(tail)
         if fresh + len(data) > _LIMIT:
             self._shorten(data)
@@ -84,7 +100,7 @@ class Scanner:
         for needle in self._needles:
             if tail.find(needle, start) >= 0:
                 self._announced = self._announced or self._terminator.search(tail) is not None
-        if self.first_token and not self._announced:
+        if shown and not self._announced:
             return False
         self._look(fresh)
         return True
@@ -103,12 +119,19 @@ class Scanner:
             self.first_token = True
         if any(needle in data for needle in self._needles) and self._terminator.search(bytes(tail) + data):
             self._announced = True
-        del tail[: max(0, len(tail) - _KEEP)]
+        if len(tail) > _KEEP:
+            # What is about to be forgotten is asked for what is only wanted at the end.
+            self._finished = self._finished or _FINISH_REASON.search(tail) is not None
+            self._failed = self._failed or _IN_BAND_ERROR.search(tail) is not None
+            tail[: len(tail) - _KEEP] = b" "  # so that the tail's start is no line start
 
     def _ends_stream(self) -> bool:
         # [DONE] counts as soon as it is there, with or without its blank line (contract 6.3); the other two
         # terminators are events with data of their own, which has to arrive as well.
-        return self._needles == _NEEDLES[Dialect.OPENAI] or self.at_boundary()
+        if self._needles == _NEEDLES[Dialect.OPENAI]:
+            return True
+        found = self._terminator.search(self._tail)
+        return _BLANK_LINE.search(self._tail, found.end() if found else 0) is not None
 
     def at_boundary(self) -> bool:
         """Is the stream between two events, so that a comment or an event may be added?
@@ -128,10 +151,23 @@ class Scanner:
             return framed
         if self.terminated:
             return True
-        if self._announced and self._tail.rstrip(b"\r\n").endswith(b"}"):
+        if self._announced and self._last_line_is_whole(framed):
             return True  # the last event lacks only its blank line
-        return framed and _FINISH_REASON.search(self._tail) is not None
+        return framed and (self._finished or _FINISH_REASON.search(self._tail) is not None)
+
+    def _last_line_is_whole(self, framed: bool) -> bool:
+        """A cut can fall behind an inner brace of the last event: only a line end, HTTP's own framing or
+        the JSON itself can tell."""
+        tail = self._tail
+        if tail.endswith((b"}\n", b"}\r")) or (framed and tail.endswith(b"}")):
+            return True
+        line = tail[max(tail.rfind(b"\n"), tail.rfind(b"\r")) + 1 :]
+        try:
+            msgspec.json.decode(line.removeprefix(b"data:"))
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return False
+        return line.startswith(b"data:")
 
     def in_band_error(self) -> bool:
         """Did the upstream report an error inside the stream?"""
-        return _IN_BAND_ERROR.search(self._tail) is not None
+        return self._failed or _IN_BAND_ERROR.search(self._tail) is not None

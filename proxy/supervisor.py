@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 import msgspec
@@ -51,7 +51,8 @@ _FIXED = ("listen", "admin", "workers", "log")
 
 
 class Front:
-    """See the module's docstring. `load` reads the configuration again, for a reload."""
+    """See the module's docstring. `load` reads the configuration again, for a reload;
+    `environ` is what a new generation is started with."""
 
     def __init__(
         self,
@@ -61,8 +62,10 @@ class Front:
         request_log: RequestLog,
         *,
         push: bool,
+        environ: MutableMapping[str, str] | None = None,
     ) -> None:
         self.settings = settings
+        self._environ = {} if environ is None else environ
         self.port = 0
         self.admin_port = 0
         self.draining = False
@@ -88,7 +91,7 @@ class Front:
     async def start(self) -> None:
         """Binds or inherits the sockets, starts workers and the admin listener. Raises StartError."""
         self._sink.attach(asyncio.get_running_loop())
-        inherited = _inherited()
+        inherited = _inherited(self._environ)
         if inherited is None:
             self._listener = listen.bind(self.settings.listen_address)
             self._admin_socket = listen.bind(self.settings.admin_address)
@@ -240,7 +243,7 @@ class Front:
                 subprocess.Popen,
                 [sys.executable, "-m", "proxy", *sys.argv[1:]],
                 pass_fds=descriptors,
-                env={**os.environ, _INHERIT: ",".join(map(str, descriptors))},
+                env={**self._environ, _INHERIT: ",".join(map(str, descriptors))},
             )
         serving = asyncio.get_running_loop().create_future()
         ours.setblocking(False)
@@ -401,9 +404,11 @@ def _resolve(future: asyncio.Future[None]) -> Callable[[str, Any], None]:
     return heard
 
 
-def _inherited() -> tuple[socket.socket, socket.socket, socket.socket] | None:
+def _inherited(
+    environ: MutableMapping[str, str],
+) -> tuple[socket.socket, socket.socket, socket.socket] | None:
     """The sockets of the generation before, if this one was started by a restart."""
-    named = os.environ.pop(_INHERIT, None)
+    named = environ.pop(_INHERIT, None)
     if named is None:
         return None
     listener, admin_socket, handover = (socket.socket(fileno=int(number)) for number in named.split(","))

@@ -7,6 +7,7 @@ Two ways of having an exchange, one interface: `wire.WireExchange` pushes bytes 
 from __future__ import annotations
 
 import asyncio
+import io
 import ssl
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -186,7 +187,7 @@ class SessionExchange:
             self._method,
             self._url,
             headers=headers,
-            data=self._body or None,
+            data=_payload(self._body),
             allow_redirects=False,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         )
@@ -272,6 +273,11 @@ class SessionExchange:
                 self._response.release()
             else:
                 self._response.close()
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO | None:
+    """aiohttp warns of large bytes: it writes them in one go. A file is written in pieces."""
+    return io.BytesIO(body) if len(body) > 2**20 else body or None
 
 
 def translate(error: BaseException) -> UpstreamFailed:

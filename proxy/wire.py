@@ -360,7 +360,9 @@ class WirePool:
     def counts(self) -> tuple[int, int]:
         """Connections in use, and idle ones."""
         connector = self._connector
-        return len(connector._acquired), sum(len(idle) for idle in connector._conns.values())
+        return len(connector._acquired), sum(
+            protocol.is_connected() for idle in connector._conns.values() for protocol, _ in idle
+        )
 
 
 class _Probe:

@@ -43,6 +43,8 @@ METRICS = {
     "headrace_event_loop_lag_seconds": ("histogram", set()),
     "headrace_build_info": ("gauge", {"version"}),
     "headrace_log_lines_dropped": ("counter", set()),
+    "headrace_workers_replaced": ("counter", set()),
+    "headrace_config_reloads": ("counter", {"result"}),
 }
 STATE = {
     "in_flight",
@@ -105,7 +107,7 @@ async def fetch(port: int, path: str, *headers: str, method: str = "GET") -> Ans
 
 async def samples(headrace: Headrace, name: str) -> list[Sample]:
     """The samples of one name."""
-    answer = await fetch(headrace.server.admin_port, "/metrics")
+    answer = await fetch(headrace.front.admin_port, "/metrics")
     families = parser.text_string_to_metric_families(answer.body.decode())
     return [sample for family in families for sample in family.samples if sample.name == name]
 
@@ -141,7 +143,7 @@ async def test_names_kinds_and_labels() -> None:
         caller.leave()
         await headrace.quiet()
         await until(lambda: bool(headrace.server.metrics.event_loop_lag.values))
-        answer = await fetch(headrace.server.admin_port, "/metrics")
+        answer = await fetch(headrace.front.admin_port, "/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     families = {family.name: family for family in parser.text_string_to_metric_families(answer.body.decode())}
     assert set(families) == set(METRICS)
@@ -203,7 +205,7 @@ async def test_levels_while_something_runs() -> None:
             assert await total(headrace, "headrace_requests_in_flight", route="/v1/chat/completions") == 1
             assert await total(headrace, "headrace_streams_active", upstream="up") == 1
             assert await total(headrace, "headrace_upstream_in_flight", upstream="up") == 1
-            state = (await fetch(headrace.server.admin_port, "/debug/state")).json()
+            state = (await fetch(headrace.front.admin_port, "/debug/state")).json()
             assert (state["in_flight"], state["streams"], state["permits"]) == (1, 1, 1)
             assert state["upstream_connections"] == 1
             release.set()
@@ -228,7 +230,7 @@ async def test_openmetrics() -> None:
     async with running(settings_for("mock:")) as headrace:
         await some_traffic(headrace)
         answer = await fetch(
-            headrace.server.admin_port, "/metrics", "Accept: application/openmetrics-text; version=1.0.0"
+            headrace.front.admin_port, "/metrics", "Accept: application/openmetrics-text; version=1.0.0"
         )
     assert answer.headers["content-type"].startswith("application/openmetrics-text")
     assert answer.body.endswith(b"# EOF\n")
@@ -242,7 +244,7 @@ async def test_openmetrics() -> None:
 async def test_health_and_state() -> None:
     """Probes answer, the state has the keys of the contract, each a number."""
     async with running(settings_for("mock:")) as headrace:
-        port = headrace.server.admin_port
+        port = headrace.front.admin_port
         health = await fetch(port, "/healthz")
         assert (health.status, health.json()) == (200, {"status": "ok"})
         assert (await fetch(port, "/readyz")).status == 200
@@ -271,7 +273,7 @@ async def test_health_and_state() -> None:
 async def test_refusals_are_json(method: str, path: str, status: int) -> None:
     """Nothing of the data listener is here, and what is not here is said in JSON."""
     async with running(settings_for("mock:")) as headrace:
-        answer = await fetch(headrace.server.admin_port, path, method=method)
+        answer = await fetch(headrace.front.admin_port, path, method=method)
     assert answer.status == status
     assert answer.headers["content-type"].startswith("application/json")
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -280,7 +282,7 @@ async def test_refusals_are_json(method: str, path: str, status: int) -> None:
 async def test_no_token_on_loopback() -> None:
     """A configured token is not asked for where only this machine can come from."""
     async with running(settings_for("mock:", admin_token="canary")) as headrace:
-        assert (await fetch(headrace.server.admin_port, "/metrics")).status == 200
+        assert (await fetch(headrace.front.admin_port, "/metrics")).status == 200
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/debug/state", "/nothing"])
@@ -288,7 +290,7 @@ async def test_token_elsewhere(path: str) -> None:
     """Where anybody can come from, all but the probes need the token."""
     settings = settings_for("mock:", admin="0.0.0.0:0", admin_token="token-1")
     async with running(settings) as headrace:
-        port = headrace.server.admin_port
+        port = headrace.front.admin_port
         wrong = [
             (),
             ("Authorization: token-1",),
@@ -313,7 +315,7 @@ async def test_odd_tokens_are_only_wrong() -> None:
     async with running(settings_for("mock:", admin="0.0.0.0:0", admin_token="token-1")) as headrace:
         for raw in (b"\xff\xfe", "t\u00f6ken".encode(), b"x" * 5000):
             request = b"GET /metrics HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer " + raw + b"\r\n\r\n"
-            answer = await ask(headrace.server.admin_port, request)
+            answer = await ask(headrace.front.admin_port, request)
             assert answer.status == 401
             assert answer.headers["content-type"].startswith("application/json")
 
@@ -322,7 +324,7 @@ async def test_the_admin_parser_leaks_nothing() -> None:
     """A token in a line that the parser refuses is neither echoed nor logged."""
     async with running(settings_for("mock:", admin="0.0.0.0:0", admin_token="token-1")) as headrace:
         request = b"GET /metrics HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer SECRET\x01\r\n\r\n"
-        async with await Caller.connect(headrace.server.admin_port) as caller, asyncio.timeout(5):
+        async with await Caller.connect(headrace.front.admin_port) as caller, asyncio.timeout(5):
             await caller.send(request)
             raw = await caller.reader.read(-1)
         assert raw.split(b" ")[1] == b"400"

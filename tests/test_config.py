@@ -156,7 +156,8 @@ BAD = [
     (UPSTREAM % "timeout: {}", "upstreams.openai.timeout: unknown key (did you mean 'timeouts'?)"),
     (UPSTREAM % "zzz: 1", "upstreams.openai.zzz: unknown key"),
     (UPSTREAM % "api_keys: [sk-canary]", "upstreams.openai.api_keys: unknown key (did you mean 'api_key'?)"),
-    (UP + "workers: 2", "workers: unknown key"),
+    (UP + "workers: 0", "workers: must be at least 1, got 0"),
+    (UP + "workers: atuo", "workers: expected a whole number, got 'atuo'"),
     (UP + "source: x", "source: unknown key"),
     (
         UP + "written_max_connections: true",

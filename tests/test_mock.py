@@ -720,9 +720,8 @@ async def test_faults_leave_nothing_in_the_log(
 
 async def test_half_closed_caller_is_gone(upstream: RunningMock) -> None:
     """aiohttp takes a caller's FIN for its leaving, as it should be known to tests of the proxy."""
-    _, writer = await asyncio.open_connection("127.0.0.1", upstream.port)
-    writer.write(request_bytes(PING, "gap=10"))
-    await until(lambda: upstream.record.active == 1)
-    writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
-    await until(lambda: upstream.record.aborted == 1)
-    writer.close()
+    with socket.create_connection(("127.0.0.1", upstream.port)) as caller:
+        caller.sendall(request_bytes(PING, "gap=10"))
+        await until(lambda: upstream.record.active == 1)
+        caller.shutdown(socket.SHUT_WR)
+        await until(lambda: upstream.record.aborted == 1)

@@ -28,7 +28,13 @@ A full set reuses an idle cell, which says the same as no cell. If there is none
 is answered as if never used, and `overflow` goes up. How rare that is was decided with the size: in a table
 half full, one set in ten million has more than 64 names.
 
-@@FIGURES@@
+Microseconds a call, with its await (minimum of 5 runs of 20,000; 2-core VM, Python 3.11, no contention):
+
+    take 1 / 3 buckets              5.0 / 9.8     settle 1             4.5
+    acquire and release 1 / 3       5.7 / 10.3    acquire, refused     4.6
+    spend 2 budgets                 6.1           settle_spend 2       6.8
+    peek 3 / peek_slots 3           8.5 / 7.1     renew                2.0
+    take of a name never seen       11.5          of these, a lock     0.8
 """
 
 from __future__ import annotations
@@ -78,13 +84,10 @@ def create(
     It is not inheritable: hand it on with pass_fds. Memory is used as cells are (6 MB if all were).
     Errors: OSError if the system gives no memory.
     """
-    sets = [-(-cells // _WAYS) for cells in (buckets, budgets, slots)]
+    sets = [-(-count // _WAYS) for count in (buckets, budgets, slots)]
     fd = _anonymous_file()
-    words = (
-        _OWNERS
-        + owners * _ROW
-        + sum(count * _WAYS * (2 + width) for count, width in zip(sets, (1, 2, owners), strict=True))
-    )
+    cells = sum(count * _WAYS * (2 + width) for count, width in zip(sets, (1, 2, owners), strict=True))
+    words = _OWNERS + owners * _ROW + cells
     header = _HEADER.pack(_MAGIC, *sets, owners, int(lease_s * 1e9), 0, secrets.token_bytes(16))
     try:
         os.ftruncate(fd, words * _WORD)
@@ -278,7 +281,7 @@ class MemoryState:
             self._buckets.publish(place)
 
     def _lower_tats(self, tats: dict[_Place, int]) -> None:
-        """After a refusal nothing is taken, but a tat beyond the debt limit (a clock jumped back) is lowered."""
+        """After a refusal nothing is taken, but a clock that jumped back may have lowered a tat."""
         for place, tat in tats.items():
             value = self._buckets.find(place)
             if value >= 0 and tat < self._words[value]:

@@ -18,6 +18,8 @@ import yaml
 
 from proxy import config, log
 from proxy.server import Server
+from proxy.supervisor import Front
+from proxy.workers import LocalWorker
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,23 +33,29 @@ class ListSink(log.Sink):
 
     def _write_batch(self, lines: list[bytes]) -> None:
         self.lines.extend(lines)
-        self._writing -= len(lines)
 
 
 class Headrace:
-    """A running server inside this process."""
+    """A running Headrace inside this process: one front with one worker."""
 
-    def __init__(self, server: Server, sink: ListSink) -> None:
-        self.server = server
+    def __init__(self, front: Front, sink: ListSink) -> None:
+        self.front = front
         self.sink = sink
 
     @property
+    def server(self) -> Server:
+        """The data plane of the one worker."""
+        worker = self.front._workers[0]
+        assert isinstance(worker, LocalWorker)
+        return worker.server
+
+    @property
     def port(self) -> int:
-        return self.server.port
+        return self.front.port
 
     @property
     def url(self) -> str:
-        return self.server.address()
+        return self.front.address()
 
     @property
     def base_url(self) -> str:
@@ -55,7 +63,7 @@ class Headrace:
 
     @property
     def admin_url(self) -> str:
-        return f"http://127.0.0.1:{self.server.admin_port}"
+        return f"http://127.0.0.1:{self.front.admin_port}"
 
     @property
     def state(self) -> dict[str, Any]:
@@ -135,12 +143,12 @@ async def running(
     _, _ = log.configure(path=None, level="info", text=False)
     sink = ListSink()
     request_log = log.RequestLog(sink, text=False, enabled=True)
-    server = Server(parsed, sink, request_log, push=push)
+    front = Front(parsed, lambda: parsed, sink, request_log, push=push)
     try:
-        await server.start()
-        yield Headrace(server, sink)
+        await front.start()
+        yield Headrace(front, sink)
     finally:
-        await server.close()
+        await front.close()
         sink.close()
 
 

@@ -18,7 +18,9 @@ def chunk(data: bytes) -> bytes:
 
 
 def event(text: str) -> bytes:
-    return b'data: {"choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":null}]}\n\n' % text.encode()
+    return (
+        b'data: {"choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":null}]}\n\n' % text.encode()
+    )
 
 
 DONE = b"data: [DONE]\n\n"
