@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import itertools
 import socket
 import struct
 import termios
-import time
 from enum import StrEnum
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -43,6 +44,8 @@ TIMER_SLACK_S = 0.002
 _LAST_FLUSH_S = 5.0
 
 _GAP_OVERFLOW = len(GAPS)
+#: Times of reads that are kept before their gaps are counted.
+_TIMES = 32
 
 
 class Ending(StrEnum):
@@ -72,7 +75,6 @@ class Pipe:
     __slots__ = (
         "_beats_at",
         "_blocked",
-        "_clock",
         "_clocks",
         "_ctx",
         "_ending",
@@ -80,12 +82,13 @@ class Pipe:
         "_framing",
         "_grace",
         "_loop",
-        "_protocol",
         "_response",
         "_scan",
         "_scanner",
         "_timer",
+        "_times",
         "_transport",
+        "_unsent",
         "_wake",
         "_write",
         "_writer",
@@ -108,7 +111,6 @@ class Pipe:
     ) -> None:
         assert request.transport is not None
         self._ctx = ctx
-        self._protocol = request.protocol
         self._transport = request.transport
         self._response = response
         self._writer = writer
@@ -116,19 +118,20 @@ class Pipe:
         # else keep writes until the end of its turn: all reads first, then all writes (6 % more CPU).
         self._transport.set_write_buffer_limits(high=0)
         self._write = self._transport.write
+        self._unsent = self._transport.get_write_buffer_size
+        self._times: list[float] = []
         self._framing = response.chunked
         self._scanner = scanner
         self._scan = scanner.feed if scanner is not None else None
         self._clocks = clocks
         self._loop = asyncio.get_running_loop()
-        self._clock = time.monotonic
         self._exchange: Exchange | None = None
         self._ending: Ending | None = None
         self._wake: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._grace: float | None = None  # the moment at which it ends
         self._blocked = False
-        self.last_at = self._clock()
+        self.last_at = monotonic()
         self._beats_at = self.last_at
         self.gaps = [0] * (_GAP_OVERFLOW + 1)
         self.gaps_s = 0.0
@@ -140,10 +143,10 @@ class Pipe:
 
     def feed(self, data: bytes) -> None:
         """Push: one read of the upstream is one write to the caller."""
-        self._observe(data)
         self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._framing else data)
-        if self._protocol.writing_paused and not self._blocked:
+        if self._unsent() and not self._blocked:
             self._block()
+        self._observe(data)
 
     async def deliver(self, data: bytes) -> None:
         """Pull: the same through aiohttp's writer, which waits for a slow caller by itself."""
@@ -151,17 +154,23 @@ class Pipe:
         await self._write_patiently(data)
 
     def _observe(self, data: bytes) -> None:
-        now = self._clock()
-        gap = now - self.last_at
-        self.last_at = now
-        if self.writes:
-            slot = int(gap * GAP_UNITS_PER_SECOND).bit_length()
-            self.gaps[slot if slot < _GAP_OVERFLOW else _GAP_OVERFLOW] += 1
-            self.gaps_s += gap
-        self.writes += 1
+        self.last_at = now = monotonic()
         self.size += len(data)
+        self._times.append(now)
+        if len(self._times) > _TIMES:
+            self._count_gaps()
         if self._scan is not None and self._scan(data):
             self._landmark(now)
+
+    def _count_gaps(self) -> None:
+        """Reads only note their time; the gaps between them are counted for many at once."""
+        times = self._times
+        for earlier, later in itertools.pairwise(times):
+            slot = int((later - earlier) * GAP_UNITS_PER_SECOND).bit_length()
+            self.gaps[slot if slot < _GAP_OVERFLOW else _GAP_OVERFLOW] += 1
+        self.gaps_s += times[-1] - times[0]
+        self.writes += len(times) - 1
+        del times[:-1]
 
     def _landmark(self, now: float) -> None:
         scanner = self._scanner
@@ -194,6 +203,9 @@ class Pipe:
             self._exchange = None
             if self._timer is not None:
                 self._timer.cancel()
+            if self._times:
+                self._count_gaps()
+                self.writes += 1
             self._ctx.chunks = self.writes
             self._ctx.bytes_out = self.size
 
@@ -225,7 +237,7 @@ class Pipe:
             self._finish(Ending.SLOW_CALLER)
             return
         self._blocked = False
-        self.last_at = self._clock()  # the silence was ours, not the upstream's
+        self.last_at = monotonic()  # the silence was ours, not the upstream's
         exchange.resume()
 
     async def _write_patiently(self, data: bytes) -> None:
@@ -252,7 +264,7 @@ class Pipe:
 
     def _due(self) -> bool:
         """Ends the answer if a deadline has passed; True if a heartbeat should be sent now."""
-        now = self._clock() + TIMER_SLACK_S
+        now = monotonic() + TIMER_SLACK_S
         clocks = self._clocks
         if self._grace is not None and now >= self._grace:
             self._finish(Ending.GRACE)
@@ -279,7 +291,7 @@ class Pipe:
             return  # a pull loop asks `next_at` itself
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(max(0.0, self.next_at() - self._clock()), self._tick)
+        self._timer = self._loop.call_later(max(0.0, self.next_at() - monotonic()), self._tick)
 
     def _tick(self) -> None:
         self._timer = None
