@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -19,6 +20,10 @@ from proxy.errors import StartError
 from proxy.supervisor import Front
 from proxy.worker import WorkerProcess
 from proxy.yamlstruct import ConfigError
+
+#: Before 3.14.3 a malicious upstream can make the C parser read out of bounds (GHSA-cq5v-8q36-5273); 3.14.4
+#: crashed on decompression errors (aiohttp #13203).
+_AIOHTTP = (3, 14, 5)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,14 +116,23 @@ def _serve(arguments: argparse.Namespace) -> int:
         )
 
     settings = load()
-    if not wire.c_parser_loaded():
-        raise StartError("aiohttp runs without its C parser: install a wheel, unset AIOHTTP_NO_EXTENSIONS")
+    _check_installation()
     sink, request_log = _open_log(settings)
     try:
         uvloop.run(Front(settings, load, sink, request_log, push=True, environ=os.environ).run(_announce))
     finally:
         sink.close()
     return 0
+
+
+def _check_installation() -> None:
+    """What an installation can have wrong that would only show under attack or load."""
+    found = tuple(int(part) for part in re.findall(r"\d+", aiohttp.__version__)[:3])
+    if found < _AIOHTTP:
+        floor = ".".join(map(str, _AIOHTTP))
+        raise StartError(f"aiohttp {aiohttp.__version__} is too old: pip install 'aiohttp>={floor}'")
+    if not wire.c_parser_loaded():
+        raise StartError("aiohttp runs without its C parser: install a wheel, unset AIOHTTP_NO_EXTENSIONS")
 
 
 def _open_log(settings: config.Config) -> tuple[log.Sink, log.RequestLog]:
