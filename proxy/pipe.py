@@ -83,6 +83,7 @@ class Pipe:
         "_grace",
         "_loop",
         "_response",
+        "_resumed_at",
         "_scan",
         "_scanner",
         "_timer",
@@ -95,7 +96,6 @@ class Pipe:
         "gaps",
         "gaps_s",
         "heartbeats",
-        "last_at",
         "size",
         "writes",
     )
@@ -131,8 +131,7 @@ class Pipe:
         self._timer: asyncio.TimerHandle | None = None
         self._grace: float | None = None  # the moment at which it ends
         self._blocked = False
-        self.last_at = monotonic()
-        self._beats_at = self.last_at
+        self._resumed_at = self._beats_at = monotonic()
         self.gaps = [0] * (_GAP_OVERFLOW + 1)
         self.gaps_s = 0.0
         self.heartbeats = 0
@@ -146,7 +145,15 @@ class Pipe:
         self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._framing else data)
         if self._unsent() and not self._blocked:
             self._block()
-        self._observe(data)
+        # What follows is `_observe`, written out: a call costs a tenth of all that Python does per read.
+        now = monotonic()
+        times = self._times
+        times.append(now)
+        self.size += len(data)
+        if len(times) > _TIMES:
+            self._count_gaps()
+        if self._scan is not None and self._scan(data):
+            self._landmark(now)
 
     async def deliver(self, data: bytes) -> None:
         """Pull: the same through aiohttp's writer, which waits for a slow caller by itself."""
@@ -154,9 +161,9 @@ class Pipe:
         await self._write_patiently(data)
 
     def _observe(self, data: bytes) -> None:
-        self.last_at = now = monotonic()
-        self.size += len(data)
+        now = monotonic()
         self._times.append(now)
+        self.size += len(data)
         if len(self._times) > _TIMES:
             self._count_gaps()
         if self._scan is not None and self._scan(data):
@@ -237,7 +244,7 @@ class Pipe:
             self._finish(Ending.SLOW_CALLER)
             return
         self._blocked = False
-        self.last_at = monotonic()  # the silence was ours, not the upstream's
+        self._resumed_at = monotonic()  # the silence until now was ours, not the upstream's
         exchange.resume()
 
     async def _write_patiently(self, data: bytes) -> None:
@@ -248,6 +255,11 @@ class Pipe:
             self._finish(Ending.SLOW_CALLER)
 
     # ── timers ───────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def last_at(self) -> float:
+        """The moment from which the upstream is silent."""
+        return max(self._times[-1], self._resumed_at) if self._times else self._resumed_at
 
     def next_at(self) -> float:
         """The moment at which something may be due."""
@@ -266,6 +278,8 @@ class Pipe:
         """Ends the answer if a deadline has passed; True if a heartbeat should be sent now."""
         now = monotonic() + TIMER_SLACK_S
         clocks = self._clocks
+        if self._scanner is not None and self._scanner.catch_up():
+            self._landmark(now)
         if self._grace is not None and now >= self._grace:
             self._finish(Ending.GRACE)
         elif now >= clocks.total_at:

@@ -31,6 +31,13 @@ _NEEDLES: dict[Dialect, tuple[bytes, ...]] = {
     Dialect.ANTHROPIC: (b"message_stop",),
     Dialect.RESPONSES: (b"response.completed", b"response.failed", b"response.incomplete"),
 }
+#: One substring of every event that ends a stream, and of few others.
+_HINTS: dict[Dialect, bytes] = {
+    Dialect.OPENAI: b"[DONE]",
+    Dialect.ANTHROPIC: b"message_stop",
+    Dialect.RESPONSES: b'"response":',
+}
+_NEVER = b"\0\0\0\0"
 _TERMINATORS: dict[Dialect, re.Pattern[bytes]] = {
     Dialect.OPENAI: re.compile(rb"(?:\A|[\r\n])data: ?\[DONE\]"),
     Dialect.ANTHROPIC: re.compile(
@@ -67,14 +74,15 @@ class Scanner:
 
     __slots__ = (
         "_announced",
+        "_calm",
         "_failed",
         "_finished",
+        "_hint",
         "_needles",
         "_reach",
         "_tail",
         "_terminator",
         "_unread",
-        "_watchful",
         "first_token",
         "terminated",
     )
@@ -88,7 +96,8 @@ class Scanner:
         self._announced = False
         self._finished = False
         self._failed = False
-        self._watchful = True  # until the first token, and again once the terminator is announced
+        self._calm = False  # true between the first token and the announcement of the terminator
+        self._hint = _HINTS[dialect] if expects_terminator else _NEVER
         self.terminated = False
         self.first_token = False
 
@@ -101,12 +110,12 @@ class Scanner:
         """
         unread = self._unread
         unread.append(data)
-        if not self._watchful and len(unread) < _BATCH and _SMALL < len(data) < _LARGE:
-            for needle in self._needles:
-                if needle in data:
-                    break
-            else:
-                return False
+        if self._calm and _SMALL < len(data) < _LARGE and self._hint not in data and len(unread) < _BATCH:
+            return False
+        return self._read()
+
+    def catch_up(self) -> bool:
+        """Looks at what was put aside; True as for `feed`. For a stream that has gone silent."""
         return self._read()
 
     def _read(self) -> bool:
@@ -124,7 +133,7 @@ class Scanner:
         for needle in self._needles:
             if tail.find(needle, start) >= 0:
                 self._announced = self._announced or self._terminator.search(tail) is not None
-        if not self._watchful and not self._announced:
+        if self._calm and not self._announced:
             return False
         self._look(fresh)
         return True
@@ -135,7 +144,7 @@ class Scanner:
             self.first_token = _FIRST_TOKEN.search(self._tail, start) is not None
         if self._announced and not self.terminated:
             self.terminated = self._ends_stream()
-        self._watchful = self._announced or not self.first_token
+        self._calm = self.first_token and not self._announced
 
     def _forget(self) -> None:
         """Makes room. What is wanted only at the end is looked for in what goes; substring searches first,

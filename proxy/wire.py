@@ -82,6 +82,8 @@ class _Body(StreamReader):
 class WireConnection(ResponseHandler):
     """A pooled connection. It serves one exchange at a time; between two it takes no bytes at all."""
 
+    __slots__ = ("complete", "exchange", "made_at", "pieces", "used")
+
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self.made_at = monotonic()
@@ -181,6 +183,25 @@ class WireExchange:
     """One request and its answer."""
 
     pushes: ClassVar[bool] = True
+    __slots__ = (
+        "_body",
+        "_connection",
+        "_end",
+        "_fault",
+        "_head",
+        "_pool",
+        "_protocol",
+        "_waiter",
+        "_wanted",
+        "answered",
+        "fields",
+        "framed",
+        "reason",
+        "reused",
+        "sink",
+        "status",
+        "touched",
+    )
 
     def __init__(self, pool: WirePool, head: bytes, body: bytes) -> None:
         self._pool = pool
@@ -283,7 +304,7 @@ class WireExchange:
             return
         self._connection = self._protocol = None
         protocol.exchange = None
-        protocol.pieces = []
+        protocol.pieces.clear()
         unsent = protocol.transport is None or protocol.transport.get_write_buffer_size() > 0
         if self._end is End.FRAMED and not unsent and not self._pool.too_old(protocol):
             protocol.resume_reading()

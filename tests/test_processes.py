@@ -1,4 +1,4 @@
-"""More than one process: sums over workers, their deaths, their drain. Headrace is a family of processes here."""
+"""More than one process: sums over workers, their deaths, their drain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headrace as a family of processes: its workers, its generations, and figures that are scraped all the time."""
+"""Headrace as a family of processes: workers, generations, and figures that are scraped all the time."""
 
 from __future__ import annotations
 
