@@ -7,6 +7,7 @@ fields are added after the strip, so that no `Connection: authorization` can rem
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -71,6 +72,9 @@ _RESPONSE_DROP = HOP_BY_HOP | {
     b"date",
 }
 
+#: Ids are unique, not secret: random once a process, then counted (os.urandom costs 7 us a request).
+_MINTED = f"req_{os.urandom(10).hex()}"
+_numbers = itertools.count(1)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _FORBIDDEN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -79,7 +83,7 @@ def request_id(offered: str | None) -> str:
     """The caller's id if it is harmless in a header and in a log, else one of our own."""
     if offered is not None and _REQUEST_ID.fullmatch(offered):
         return offered
-    return "req_" + os.urandom(12).hex()
+    return f"{_MINTED}{next(_numbers):x}"
 
 
 def _named_by_connection(fields: RawHeaders) -> frozenset[bytes]:
@@ -148,12 +152,14 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogateescape")
 
 
-def client_ip(peer: str | None, forwarded_for: Iterable[str], trusted: Networks) -> str:
+def client_ip(peer: str | None, forwarded_for: Sequence[str], trusted: Networks) -> str:
     """Whom we are talking to: the right-most hop that is not one of our own proxies.
 
     X-Forwarded-For is only believed if the socket's peer is trusted; a value that is no address ends the
     walk, because everything left of it was written by somebody unknown.
     """
+    if peer and not forwarded_for:
+        return peer
     if not peer:  # a unix socket: whoever may open it is trusted
         return _walk("unix", forwarded_for, trusted)
     return _walk(peer, forwarded_for, trusted) if _trusted(peer, trusted) else peer
