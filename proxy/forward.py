@@ -8,6 +8,7 @@ answer on there is only one way: to the end, or to a visible break. A heartbeat 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -75,6 +76,7 @@ class Forwarding:
         self._write_s = write_s
         self._metrics = metrics
         self._response: web.StreamResponse | None = None
+        self._pipe_now: Pipe | None = None
         self._began_at = 0.0
         self._queued_until = 0.0
         self._total_at = 0.0
@@ -84,6 +86,8 @@ class Forwarding:
         ctx = self._ctx
         self._queued_until = self._began_at = monotonic()
         self._total_at = self._began_at + targets[0].timeouts.total
+        for upstream in targets:
+            upstream.users += 1  # a reload must not close one that may still be asked
         try:
             return await self._attempts(job, targets)
         except HeadraceError as error:
@@ -92,9 +96,12 @@ class Forwarding:
             if ctx.stopped is None:
                 raise  # the caller has left
             failure = _stopped(ctx.stopped)
+        finally:
+            for upstream in targets:
+                upstream.users -= 1
         if self._response is None:
             raise failure
-        return self._break_off(failure)
+        return await self._break_off(failure)
 
     async def _attempts(self, job: Job, targets: Sequence[Upstream]) -> web.StreamResponse:
         """One upstream after the other while nothing was sent to any of them."""
@@ -110,21 +117,24 @@ class Forwarding:
         try:
             return await self._attempt(job, upstream, body)
         except UpstreamStale:
-            return await self._attempt(job, upstream, body)
+            return await self._attempt(job, upstream, body, fresh=True)
 
-    async def _attempt(self, job: Job, upstream: Upstream, body: bytes) -> web.StreamResponse:
+    async def _attempt(
+        self, job: Job, upstream: Upstream, body: bytes, *, fresh: bool = False
+    ) -> web.StreamResponse:
         ctx = self._ctx
         ctx.attempts += 1
         ctx.upstream = upstream.name
         ctx.phase = Phase.FIRST_BYTE
         exchange = upstream.exchange(job.method, job.path, job.fields, body)
+        exchange.fresh = fresh
         upstream.in_flight += 1
         result = _CANCELLED
         try:
             await self._send(exchange)
             await self._first_byte(exchange, upstream, stream=job.wants_stream)
             response = await self._answer(exchange, upstream)
-            result = "status" if exchange.status >= 500 or exchange.status == 429 else "ok"
+            result = self._result(exchange.status)
             return response
         except UpstreamFailed as error:
             result = error.result
@@ -133,6 +143,17 @@ class Forwarding:
             exchange.close()
             upstream.in_flight -= 1
             self._metrics.upstream_attempts.add((upstream.name, result))
+
+    def _result(self, status: int) -> str:
+        """The attempt's label, once its answer has been delivered or broken off."""
+        if status >= 500 or status == 429:
+            return "status"
+        reason = self._ctx.reason
+        if reason in (Reason.UPSTREAM_STALL, Reason.DEADLINE):
+            return "timeout"
+        if reason is Reason.UPSTREAM_CUT:
+            return "reset"
+        return _CANCELLED if reason is Reason.CLIENT_GONE else "ok"
 
     # ── until the first byte ─────────────────────────────────────────────────────────────────────────────
 
@@ -162,8 +183,11 @@ class Forwarding:
             if now >= first_byte_at:
                 raise UpstreamTimeout
             if beats and now >= beat_at:
+                if exchange.answered and not answers.is_event_stream(exchange.status, exchange.fields):
+                    beats = False  # its head is here, and is no stream's: 200 would be a lie
+                    continue
                 await self._keep_warm(upstream)
-                beat_at = now + (self._streams.heartbeat or self._streams.commit_after)
+                beat_at = now + (self._streams.heartbeat or math.inf)
         ctx.first_byte_at = monotonic()
 
     async def _keep_warm(self, upstream: Upstream) -> None:
@@ -245,9 +269,13 @@ class Forwarding:
         return await self._pipe(exchange, upstream, None, body)
 
     async def _hold_small(self, exchange: Exchange, upstream: Upstream) -> None:
-        limit = min(monotonic() + upstream.timeouts.idle, self._total_at)
-        if not await exchange.hold(HELD_LIMIT, limit):
-            raise UpstreamTimeout
+        idle_s = upstream.timeouts.idle
+        while not await exchange.hold(HELD_LIMIT, min(exchange.last_at + idle_s, self._total_at)):
+            now = monotonic() + TIMER_SLACK_S
+            if now >= self._total_at:
+                raise UpstreamDeadline
+            if now >= exchange.last_at + idle_s:
+                raise UpstreamTimeout
 
     async def _pipe(
         self, exchange: Exchange, upstream: Upstream, scanner: Scanner | None, first: bytes = b""
@@ -257,7 +285,7 @@ class Forwarding:
         writer = await response.prepare(self._request)
         assert writer is not None
         clocks = Clocks(upstream.timeouts.idle, self._total_at, self._streams.heartbeat, self._write_s)
-        pipe = Pipe(ctx, self._request, response, writer, scanner, clocks)
+        self._pipe_now = pipe = Pipe(ctx, self._request, response, writer, scanner, clocks)
         ctx.committed = True
         try:
             if first:
@@ -276,35 +304,46 @@ class Forwarding:
         ctx, response = self._ctx, self._response
         assert response is not None
         ctx.reason = pipe.verdict()
-        if ctx.reason is Reason.COMPLETE or (ctx.reason is Reason.UPSTREAM_ERROR and pipe.framed):
+        if ctx.reason is Reason.COMPLETE or (ctx.reason is Reason.UPSTREAM_ERROR and pipe.ended_well):
             if ctx.reason is Reason.COMPLETE and status >= 500:
                 ctx.reason = Reason.UPSTREAM_ERROR
-            await response.write_eof()
-            return response
-        if ctx.reason is Reason.CLIENT_GONE or not pipe.takes_event():
-            return self._abort()
-        if ctx.reason is Reason.UPSTREAM_ERROR:
-            return self._abort()  # the upstream has already said what happened
-        return self._break_off(_after_commit(ctx.reason))
+            return await self._finish()
+        if ctx.reason in (Reason.CLIENT_GONE, Reason.UPSTREAM_ERROR):
+            return await self._abort()  # nobody is there, or the upstream has said itself what happened
+        return await self._break_off(_after_commit(ctx.reason))
 
-    def _break_off(self, error: HeadraceError) -> web.StreamResponse:
-        """The error event in the route's dialect, then the abort: never a clean end."""
+    async def _finish(self) -> web.StreamResponse:
+        """The end of the body; a caller that does not take it any more has left."""
+        assert self._response is not None
+        try:
+            async with asyncio.timeout(self._write_s):
+                await self._response.write_eof()
+        except TimeoutError:
+            self._ctx.reason = Reason.CLIENT_GONE
+            return await self._abort()
+        return self._response
+
+    async def _break_off(self, error: HeadraceError) -> web.StreamResponse:
+        """The error event in the route's dialect if the stream is between two events, then the abort:
+        never a clean end."""
         ctx = self._ctx
         ctx.reason = error.reason
         ctx.error_code = error.code
+        if self._pipe_now is not None and not self._pipe_now.takes_event():
+            return await self._abort()
         transport = self._request.transport
         if transport is not None and not transport.is_closing():
             assert self._response is not None
             event = error.event(ctx.dialect, ctx.request_id)
             transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._response.chunked else event)
-        return self._abort()
+        return await self._abort()
 
-    def _abort(self) -> web.StreamResponse:
+    async def _abort(self) -> web.StreamResponse:
         assert self._response is not None
         transport = self._request.transport
         if transport is not None:
             framed = self._response.chunked or self._response.content_length is not None
-            break_off(transport, chunked=framed)
+            await break_off(transport, framed=framed)
         return self._response
 
 

@@ -201,6 +201,8 @@ class Pipe:
             if exchange.pushes:
                 self._arm()
             await exchange.pump(self)
+            if self._blocked and self._ending is None:
+                await self._drain(exchange)  # the first bytes alone were too many
             while self._ending is None:
                 self._wake = self._loop.create_future()
                 await self._wake
@@ -219,6 +221,11 @@ class Pipe:
     @property
     def finished(self) -> bool:
         return self._ending is not None
+
+    @property
+    def blocked(self) -> bool:
+        """Is the caller behind, so that nothing more may be fed?"""
+        return self._blocked
 
     def _finish(self, ending: Ending) -> None:
         if self._ending is None:
@@ -246,6 +253,7 @@ class Pipe:
         self._blocked = False
         self._resumed_at = monotonic()  # the silence until now was ours, not the upstream's
         exchange.resume()
+        self._arm()
 
     async def _write_patiently(self, data: bytes) -> None:
         try:
@@ -265,7 +273,7 @@ class Pipe:
         """The moment at which something may be due."""
         clocks = self._clocks
         if self._blocked:
-            return clocks.total_at
+            return clocks.total_at if self._grace is None else min(clocks.total_at, self._grace)
         moment = min(clocks.total_at, self.last_at + clocks.idle_s)
         if self._grace is not None:
             return min(moment, self._grace)
@@ -328,8 +336,6 @@ class Pipe:
     def verdict(self) -> Reason:
         """What the ending means (contract section 6, rules 2 and 3)."""
         ending = self._ending
-        if ending is Ending.GRACE:
-            return Reason.COMPLETE
         if ending is Ending.STALL:
             return Reason.UPSTREAM_STALL
         if ending is Ending.DEADLINE:
@@ -340,49 +346,54 @@ class Pipe:
             return Reason.UPSTREAM_CUT if ending is Ending.CUT else Reason.COMPLETE
         if self._scanner.in_band_error():
             return Reason.UPSTREAM_ERROR
-        if self._scanner.succeeded(framed=ending is Ending.FRAMED):
+        if ending is Ending.GRACE or self._scanner.succeeded(framed=ending is Ending.FRAMED):
             return Reason.COMPLETE
         return Reason.UPSTREAM_CUT
 
     @property
-    def framed(self) -> bool:
+    def ended_well(self) -> bool:
         """Did the upstream itself end its answer in good order?"""
-        return self._ending is Ending.FRAMED
+        return self._ending in (Ending.FRAMED, Ending.GRACE)
 
     def takes_event(self) -> bool:
         """May an event of ours still be added?"""
         return self._scanner is not None and self._scanner.at_boundary()
 
 
-def break_off(transport: asyncio.Transport, *, chunked: bool) -> None:
+async def break_off(transport: asyncio.Transport, *, framed: bool) -> None:
     """Ends a connection whose answer is not complete, so that nobody can take it for a complete one.
 
-    What was written is still delivered. With chunked framing the missing last chunk tells; without framing
+    What was written is still delivered. With framing (chunks, a length) the missing rest tells; without it
     (HTTP/1.0) only a reset does, and it is sent once the peer has acknowledged what came before, because a
-    reset discards the rest of our send buffer.
+    reset discards the rest of our send buffer. That is waited for: aiohttp closes the connection as soon as
+    the handler returns.
     """
-    loop = asyncio.get_running_loop()
-    if chunked:
-        transport.close()
-        loop.call_later(_LAST_FLUSH_S, transport.abort)
-    else:
-        _reset_when_flushed(transport, loop, loop.time() + _LAST_FLUSH_S)
-
-
-def _reset_when_flushed(
-    transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, give_up_at: float
-) -> None:
-    sock = transport.get_extra_info("socket")
-    if sock is None or transport.is_closing():
+    if not framed:
+        await _until_flushed(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and not transport.is_closing() and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         transport.abort()
         return
+    transport.close()
+    asyncio.get_running_loop().call_later(_LAST_FLUSH_S, transport.abort)
+
+
+async def _until_flushed(transport: asyncio.Transport) -> None:
+    """Until the peer's kernel has everything; no event says so."""
+    give_up_at = monotonic() + _LAST_FLUSH_S
+    while not transport.is_closing() and monotonic() < give_up_at:
+        if not transport.get_write_buffer_size() and not _unacknowledged(transport):
+            return
+        await asyncio.sleep(0.01)
+
+
+def _unacknowledged(transport: asyncio.Transport) -> int:
+    """Bytes in the kernel's send queue."""
+    sock = transport.get_extra_info("socket")
+    if sock is None:
+        return 0
     try:
-        unacknowledged = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
+        return int(struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0])
     except OSError:
-        unacknowledged = 0
-    if (transport.get_write_buffer_size() or unacknowledged) and loop.time() < give_up_at:
-        loop.call_later(0.01, _reset_when_flushed, transport, loop, give_up_at)
-        return
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    transport.abort()
+        return 0

@@ -243,7 +243,7 @@ async def _close_all(upstreams: Any) -> None:
 
 async def _close_when_idle(upstream: Upstream) -> None:
     """A replaced upstream lives as long as its last request."""
-    while upstream.in_flight:  # noqa: ASYNC110 - once a reload; an event would have to be kept per request
+    while upstream.users:  # noqa: ASYNC110 - once a reload; an event would have to be kept per request
         await asyncio.sleep(0.1)
     await upstream.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import ssl
+from time import monotonic
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import aiohttp
@@ -30,6 +31,9 @@ class Exchange(Protocol):
 
     pushes: ClassVar[bool]  # `pump` returns at once and the sink is fed from then on; else it is the loop
     reused: bool
+    fresh: bool  # set before `send`: no pooled connection
+    answered: bool  # the head of the answer is here
+    last_at: float  # when the last bytes came, or the exchange began
     status: int
     reason: str
     fields: RawHeaders
@@ -62,6 +66,7 @@ class Upstream:
         self.settings = settings
         self.timeouts = settings.timeouts
         self.in_flight = 0
+        self.users = 0  # requests that may still ask it
         self._url = URL(base_url, encoded=True)
         self._base_path = self._url.raw_path.rstrip("/")
         self._fixed = self._fixed_fields(settings)
@@ -163,6 +168,9 @@ class SessionExchange:
         self._fault: Exception | None = None
         self._reset = False
         self.reused = False
+        self.fresh = False
+        self.answered = False
+        self.last_at = monotonic()
         self.status = 0
         self.reason = ""
         self.fields: RawHeaders = ()
@@ -191,6 +199,7 @@ class SessionExchange:
             allow_redirects=False,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         )
+        self.answered = True
         self.status = response.status
         self.reason = response.reason or ""
         self.fields = response.raw_headers
@@ -233,6 +242,7 @@ class SessionExchange:
         except (aiohttp.ClientError, OSError):
             self._end = End.CUT
             return b""
+        self.last_at = monotonic()
         if not data:
             unframed = End.CUT if self._reset else End.CLOSED
             self._end = End.FRAMED if self.framed else unframed

@@ -49,6 +49,9 @@ class End(StrEnum):
 class Sink(Protocol):
     """Takes the bytes of an answer as they arrive."""
 
+    @property
+    def blocked(self) -> bool: ...
+
     def feed(self, data: bytes) -> None: ...
 
     def end(self, how: End) -> None: ...
@@ -129,9 +132,10 @@ class WireConnection(ResponseHandler):
                 sink.feed(body)
         if fault is not None:
             self.force_close()
+        if self.complete:
+            exchange.ended(End.FRAMED)  # what follows a complete answer only costs the connection
+        elif fault is not None:
             exchange.failed(fault)
-        elif self.complete:
-            exchange.ended(End.FRAMED)
 
     def _unsolicited(self) -> None:
         """Bytes that answer no request: a connection in this state must not be used again (RFC 9112 9.2)."""
@@ -196,6 +200,8 @@ class WireExchange:
         "answered",
         "fields",
         "framed",
+        "fresh",
+        "last_at",
         "reason",
         "reused",
         "sink",
@@ -217,6 +223,8 @@ class WireExchange:
         self.answered = False
         self.touched = False  # a byte of an answer has come
         self.reused = False
+        self.fresh = False
+        self.last_at = monotonic()
         self.status = 0
         self.reason = ""
         self.fields: RawHeaders = ()
@@ -226,7 +234,7 @@ class WireExchange:
 
     async def send(self) -> None:
         """Takes a connection and writes the whole request. Raises aiohttp's connection errors."""
-        connection = await self._pool.acquire()
+        connection = await self._pool.acquire(fresh=self.fresh)
         protocol = connection.protocol
         assert isinstance(protocol, WireConnection)
         assert protocol.transport is not None
@@ -280,13 +288,13 @@ class WireExchange:
     async def pump(self, sink: Sink) -> None:
         """Hands everything to the sink, from the very call in which it arrives; returns at once."""
         body, end = self.taken()
+        self.sink = sink
         if body:
             sink.feed(body)
         if end is not None:
             sink.end(end)
-            return
-        self.sink = sink
-        self.resume()
+        elif not sink.blocked:
+            self.resume()
 
     def pause(self) -> None:
         if self._protocol is not None:
@@ -324,6 +332,7 @@ class WireExchange:
 
     def received(self) -> None:
         """Bytes came that nobody takes yet."""
+        self.last_at = monotonic()
         protocol = self._protocol
         assert protocol is not None
         held = self._held()
@@ -364,13 +373,13 @@ class WirePool:
         self._timeout = ClientTimeout(connect=connect_s, sock_connect=connect_s)
         self._max_age_s = max_age_s
 
-    async def acquire(self) -> PooledConnection:
-        """An idle connection that is young enough, or a new one."""
+    async def acquire(self, *, fresh: bool) -> PooledConnection:
+        """An idle connection that is young enough, or a new one; `fresh`: only a new one."""
         while True:
             connection = await self._connector.connect(self._template, [], self._timeout)
             protocol = connection.protocol
             assert isinstance(protocol, WireConnection)
-            if not (protocol.used and self.too_old(protocol)):
+            if not protocol.used or not (fresh or self.too_old(protocol)):
                 return connection
             connection.close()
 
@@ -392,6 +401,7 @@ class _Probe:
     def __init__(self) -> None:
         self.data = b""
         self.how: End | None = None
+        self.blocked = False
 
     def feed(self, data: bytes) -> None:
         self.data += data
