@@ -29,7 +29,7 @@ data path
     pipe        bytes from upstream to caller
     forward     the attempts of one request
 web
-    middleware/ request_id, observe, errors, guard
+    middleware/ request_id, observe, errors, guard, auth
     handlers    the routes
     downstream  the listening side
     admin       the admin listener

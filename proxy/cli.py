@@ -15,7 +15,7 @@ import aiohttp
 import msgspec
 import uvloop
 
-from proxy import __version__, config, log, mock, wire
+from proxy import __version__, config, listen, log, mock, wire
 from proxy.errors import StartError
 from proxy.supervisor import Front
 from proxy.worker import WorkerProcess
@@ -173,12 +173,12 @@ async def _post_admin(settings: config.Config, path: str) -> str:
     address = settings.admin_address
     unix = address.unix_path
     connector = aiohttp.UnixConnector(unix) if unix else aiohttp.TCPConnector()
-    host = "localhost" if unix else f"{address.host or '127.0.0.1'}:{address.port}"
+    base = listen.url(address, address.port, "http")
     headers = {"Authorization": f"Bearer {settings.admin_token}"} if settings.admin_token else {}
     try:
         async with (
             aiohttp.ClientSession(connector=connector, trust_env=False) as session,
-            session.post(f"http://{host}{path}", headers=headers) as response,
+            session.post(f"{base}{path}", headers=headers) as response,
         ):
             document = await response.json()
     except (aiohttp.ClientError, OSError) as error:

@@ -35,6 +35,11 @@ class Phase(StrEnum):
     ANSWER = "answer"
 
 
+def _dialect_of(path: str) -> Dialect:
+    """Of a path that is not served: whose SDK asks there?"""
+    return Dialect.ANTHROPIC if path.startswith(("/v1/messages", "/messages")) else Dialect.OPENAI
+
+
 class Context:
     """One request. Times are seconds of `time.monotonic` (the loop's own clock is the same one,
     but uvloop rounds it to milliseconds); None: not reached."""
@@ -46,6 +51,7 @@ class Context:
         "chunks",
         "client_ip",
         "committed",
+        "dialect",
         "endpoint",
         "error_code",
         "first_byte_at",
@@ -66,10 +72,11 @@ class Context:
         "upstream",
     )
 
-    def __init__(self, request_id: str, endpoint: Endpoint | None, started_at: float) -> None:
+    def __init__(self, request_id: str, endpoint: Endpoint | None, path: str, started_at: float) -> None:
         self.request_id = request_id
         self.stream_id = f"{_PROCESS}-{next(_numbers)}"  # ours: a caller may repeat its request id
         self.endpoint = endpoint
+        self.dialect = endpoint.dialect if endpoint is not None else _dialect_of(path)
         self.started_at = started_at
         self.task = asyncio.current_task()
         self.phase = Phase.BODY
@@ -91,10 +98,6 @@ class Context:
         self.bytes_in = 0
         self.bytes_out = 0
         self.client_ip = ""
-
-    @property
-    def dialect(self) -> Dialect:
-        return self.endpoint.dialect if self.endpoint is not None else Dialect.OPENAI
 
     @property
     def route(self) -> str:

@@ -24,7 +24,10 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from proxy import headers
 from proxy.errors import Dialect, HeadraceError, Overloaded, Refused
 
-_USER_TIMEOUT_MS = 30_000
+#: Linux also ends a connection whose reader is merely slow (a closed window) after this, so it is never less
+#: than `timeouts.write` and some slack.
+_USER_TIMEOUT_S = 30.0
+_USER_TIMEOUT_SLACK_S = 5.0
 _VERSIONS = (HttpVersion11, HttpVersion10)
 #: How long a refused caller may go on sending before it is cut off (aiohttp's default of 10 s is cheap for
 #: an attacker; without any lingering the reset would destroy our answer, RFC 9112 9.6).
@@ -32,10 +35,12 @@ LINGER_S = 1.0
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """max_connections: of this process; header_s: seconds for a whole head."""
+    """max_connections: of this process; header_s, write_s: seconds for a whole head, and for a caller to take
+    what is written."""
 
     max_connections: int
     header_s: float
+    write_s: float
 
 
 #: Told about every refusal that never reached the chain: status, code, request id, caller's address.
@@ -97,7 +102,7 @@ class Connection(RequestHandler):
         listener.idle[self] = None
         self._counted = True
         super().connection_made(transport)
-        _notice_vanished_peer(transport)
+        _notice_vanished_peer(transport, listener.limits.write_s)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
@@ -155,6 +160,7 @@ class Connection(RequestHandler):
         if request.writer.output_size > 0:
             raise ConnectionError("an answer was under way")
         error = HeadraceError() if status == 500 else Refused(_status_of(exc))
+        request._version = HttpVersion11  # aiohttp calls what it cannot parse HTTP/1.0
         chosen = headers.request_id(None)
         self._listener.refused(error, chosen, request.remote or "")
         response = web.Response(
@@ -196,8 +202,9 @@ def _status_of(exc: BaseException | None) -> int:
     if isinstance(exc, _UnknownVersion):
         return 505
     if isinstance(exc, http_exceptions.LineTooLong):
-        return 431
-    return 400
+        # It quotes what was too long: the target of a request line begins with a slash, no field name does.
+        return 414 if "b'/" in str(exc) or "b'http" in str(exc) else 431
+    return 431 if "Too many headers" in str(exc) else 400
 
 
 def _peer(transport: asyncio.BaseTransport) -> str:
@@ -218,10 +225,11 @@ def _raw(error: HeadraceError) -> bytes:
     return head.encode() + body
 
 
-def _notice_vanished_peer(transport: asyncio.BaseTransport) -> None:
+def _notice_vanished_peer(transport: asyncio.BaseTransport, write_s: float) -> None:
     sock = transport.get_extra_info("socket")
     if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+        limit_s = max(_USER_TIMEOUT_S, write_s + _USER_TIMEOUT_SLACK_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limit_s * 1000))
 
 
 class Runner(web.AppRunner):

@@ -88,11 +88,10 @@ class Keeper:
     async def _live(self, worker: RemoteWorker, process: subprocess.Popen[bytes]) -> None:
         """From the first word of the process to its last."""
         try:
-            async with asyncio.timeout(START_S):
-                await worker.ready
-        except (StartError, TimeoutError) as error:
+            await self._until_ready(worker)
+        except StartError as error:
             process.kill()
-            why = str(error) or f"worker {self.number} does not start in time"
+            why = str(error)
             structlog.get_logger().error("worker_start_failed", worker=self.number, why=why)
             if not self.serving.done():
                 self.serving.set_exception(StartError(why))
@@ -103,12 +102,26 @@ class Keeper:
         await self._watch(worker, process)
         self._left(worker)
 
+    async def _until_ready(self, worker: RemoteWorker) -> None:
+        assert worker.channel is not None
+        first = {worker.ready, worker.channel.closed}
+        await asyncio.wait(first, timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+        if worker.ready.done():
+            worker.ready.result()
+        elif worker.channel.closed.done():
+            raise StartError(f"worker {self.number} ended while it started; see its output")
+        else:
+            raise StartError(f"worker {self.number} does not start in time")
+
     async def _watch(self, worker: RemoteWorker, process: subprocess.Popen[bytes]) -> None:
         """Returns when the worker is gone; one whose loop hangs is killed."""
         assert worker.channel is not None
         closed = worker.channel.closed
         while not closed.done():
+            looked_at = time.monotonic()
             await asyncio.wait([closed], timeout=HANG_S / 5)
+            if time.monotonic() - looked_at > HANG_S / 2:
+                worker.heard_at = time.monotonic()  # it was this process that stood still
             if time.monotonic() - worker.heard_at > HANG_S and not closed.done():
                 structlog.get_logger().error("worker_hangs", worker=self.number, pid=worker.pid)
                 process.kill()

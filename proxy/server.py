@@ -47,7 +47,8 @@ class Server:
         self._tls: ssl.SSLContext | None = None
         self._mock: mock.RunningMock | None = None
         self._lag: asyncio.Task[None] | None = None
-        self._prepared: tuple[config.Config, dict[str, Upstream]] | None = None
+        self._prepared: tuple[config.Config, dict[str, Upstream], Limits] | None = None
+        self._accepting: asyncio.Server | None = None
         self.metrics = Metrics(__version__)
         self.core = Core(settings, {}, self.metrics, request_log, time.time())
 
@@ -65,7 +66,7 @@ class Server:
         self._tls = _tls(settings)
         self._runner = Runner(
             self._app(),
-            Limits(connections_that_fit(settings), settings.timeouts.header),
+            Limits(connections_that_fit(settings), settings.timeouts.header, settings.timeouts.write),
             self._refused,
             handler_cancellation=True,  # aiohttp's default only notices a leaving caller at the next write
             keepalive_timeout=settings.timeouts.keepalive,
@@ -76,7 +77,15 @@ class Server:
             max_field_size=16384,
         )
         await self._runner.setup()
-        await web.SockSite(self._runner, listener, backlog=BACKLOG, ssl_context=self._tls).start()
+        # Not a SockSite: a caller that never finishes its TLS handshake has to be timed as well.
+        assert self._runner.server is not None
+        self._accepting = await loop.create_server(
+            self._runner.server,
+            sock=listener,
+            backlog=BACKLOG,
+            ssl=self._tls,
+            ssl_handshake_timeout=settings.timeouts.header if self._tls else None,
+        )
         self._lag = spawn(self._measure_lag(), "event loop lag")
 
     async def _make_upstreams(self, settings: config.Config) -> dict[str, Upstream]:
@@ -107,7 +116,8 @@ class Server:
         ctx = request.get(CONTEXT)
         if ctx is not None:
             fields["x-request-id"] = fields["request-id"] = ctx.request_id
-        if self.core.draining:
+        if self.core.draining or "Upgrade" in request.headers:
+            # aiohttp answers nothing behind a declined upgrade (measured): such a connection ends as well.
             response.force_close()
             fields["Connection"] = "close"
 
@@ -168,8 +178,9 @@ class Server:
     async def prepare(self, settings: config.Config) -> None:
         """Builds everything that the new settings need; nothing changes before `commit`."""
         await self.discard()
-        _tls(settings)  # a certificate that does not load must fail here, not later
-        self._prepared = (settings, await self._make_upstreams(settings))
+        _tls(settings)  # what can fail must fail here: `commit` cannot
+        limits = Limits(connections_that_fit(settings), settings.timeouts.header, settings.timeouts.write)
+        self._prepared = (settings, await self._make_upstreams(settings), limits)
 
     async def discard(self) -> None:
         prepared, self._prepared = self._prepared, None
@@ -179,13 +190,12 @@ class Server:
     def commit(self) -> None:
         """From now on new requests use the new settings; running ones keep the upstream that they have."""
         assert self._prepared is not None
-        settings, upstreams = self._prepared
+        settings, upstreams, limits = self._prepared
         self._prepared = None
         replaced = [old for old in self._current() if old not in upstreams.values()]
         self.core.config, self.core.upstreams = settings, upstreams
         self.core.bodies.limit = settings.max_buffered_bytes
         if self._runner is not None and self._runner.listener is not None:
-            limits = Limits(connections_that_fit(settings), settings.timeouts.header)
             self._runner.listener.limits = limits
         if self._tls is not None and settings.tls is not None:
             self._tls.load_cert_chain(settings.tls.cert, settings.tls.key)  # for new handshakes
@@ -202,11 +212,10 @@ class Server:
         them visibly."""
         self.core.draining = True
         structlog.get_logger().info("draining", in_flight=len(self.core.running))
-        if self._runner is not None:
-            for site in list(self._runner.sites):
-                await site.stop()
-            if self._runner.listener is not None:
-                self._runner.listener.close_idle()
+        if self._accepting is not None:
+            self._accepting.close()
+        if self._runner is not None and self._runner.listener is not None:
+            self._runner.listener.close_idle()
         await self._until_idle(limit_s, hurry)
         for ctx in list(self.core.running):
             ctx.stop(Reason.DRAINED)
@@ -224,6 +233,8 @@ class Server:
         """Closes the listener, the upstreams, the mock."""
         if self._lag is not None:
             self._lag.cancel()
+        if self._accepting is not None:
+            self._accepting.close()
         if self._runner is not None:
             await self._runner.cleanup()
         await self.discard()

@@ -46,8 +46,9 @@ from proxy.yamlstruct import ConfigError
 _ADMIN_CONNECTIONS = 100
 #: Descriptors handed to a new generation: data listener, admin listener, handover channel.
 _INHERIT = "HEADRACE_INHERIT"
+_NOT_NOW = "cannot change while running: use `headrace restart`"
 #: What a reload cannot change, because it is bound or built once.
-_FIXED = ("listen", "admin", "workers", "log")
+_FIXED = ("listen", "admin", "workers", "log", "admin_token")
 
 
 class Front:
@@ -102,7 +103,7 @@ class Front:
         await self._start_workers()
         self._admin_runner = Runner(  # ours, because aiohttp's parser quotes what it refuses: the token
             app,
-            Limits(_ADMIN_CONNECTIONS, self.settings.timeouts.header),
+            Limits(_ADMIN_CONNECTIONS, self.settings.timeouts.header, self.settings.timeouts.write),
             lambda *_: None,
             access_log=None,
             handler_cancellation=True,
@@ -121,14 +122,33 @@ class Front:
             await server.start(self._listener)
             return
         for number in range(self.settings.worker_count):
-            keeper = Keeper(number, self._listener, self._greet, self._workers.append, self._left)
+            keeper = Keeper(number, self._listener, self._greet, self._joined, self._left)
             self._keepers.append(keeper)
             spawn(keeper.run(), f"keep worker {number}")
         await asyncio.gather(*(keeper.serving for keeper in self._keepers))
 
     def _greet(self, worker: RemoteWorker) -> None:
         assert worker.channel is not None
+        worker.settings = self.settings
         worker.channel.note("settings", [encode_settings(self.settings), self._push])
+
+    def _joined(self, worker: RemoteWorker) -> None:
+        self._workers.append(worker)
+        if worker.settings is not self.settings:  # a reload came while it started
+            spawn(self._catch_up(worker), "catch up with a reload")
+
+    async def _catch_up(self, worker: RemoteWorker) -> None:
+        try:
+            await worker.prepare(self.settings)
+            await worker.commit()
+        except ControlError:
+            self._give_up(worker)
+
+    def _give_up(self, worker: Worker) -> None:
+        """A worker that cannot follow the others is replaced by one that starts with the new settings."""
+        if isinstance(worker, RemoteWorker):
+            structlog.get_logger().error("worker_out_of_step", pid=worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
 
     def _left(self, worker: RemoteWorker) -> None:
         """A worker's process has ended: what it has counted stays counted."""
@@ -206,19 +226,23 @@ class Front:
         settings = self._load()
         for name in _FIXED:
             if getattr(settings, name) != getattr(self.settings, name):
-                raise ConfigError(
-                    settings.source, name, "cannot change while running: use `headrace restart`"
-                )
+                raise ConfigError(settings.source, name, _NOT_NOW)
+        if (settings.tls is None) != (self.settings.tls is None):
+            raise ConfigError(settings.source, "tls", _NOT_NOW)
         workers = list(self._workers)
         try:
             for worker in workers:
                 await worker.prepare(settings)
-        except (ControlError, OSError, ValueError) as error:
+        except (ControlError, StartError, OSError, ValueError) as error:
             await self._ask(workers, lambda worker: worker.discard())
             raise StartError(f"nothing was changed: {error}") from error
         self.settings = settings  # a worker that dies now comes back with the new one
         self._drain_s = settings.drain
-        await self._ask(workers, lambda worker: worker.commit())
+        for worker in workers:
+            try:
+                await worker.commit()
+            except ControlError:
+                self._give_up(worker)
 
     # ── restart ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -255,6 +279,7 @@ class Front:
                 raise StartError("the new generation ended while it started; see its log")
         except (TimeoutError, StartError) as error:
             process.kill()
+            await asyncio.to_thread(process.wait)
             self._handover.close()
             self._handover = None
             raise StartError(str(error) or "the new generation does not start in time") from None

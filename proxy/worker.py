@@ -38,7 +38,12 @@ class WorkerProcess:
         loop.add_signal_handler(signal.SIGTERM, lambda: self._end(None))
         # Ctrl-C reaches the whole process group; the supervisor says what to do about it.
         loop.add_signal_handler(signal.SIGINT, lambda: None)
-        settings, push = await self._settings
+        first: list[asyncio.Future[Any]] = [self._settings, self._stop]
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if not self._settings.done():
+            channel.close()  # the supervisor died, or changed its mind, before its first word
+            return
+        settings, push = self._settings.result()
         sink, request_log = log.configure(
             path=settings.log.file, level=settings.log.level, text=settings.log.format == "text"
         )

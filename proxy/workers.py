@@ -90,6 +90,7 @@ class RemoteWorker:
         self.heard_at = self.started_at
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.last: Snapshot = {}
+        self.settings: config.Config | None = None  # what it was started with
         self.channel: Channel | None = None
 
     async def connect(self, sock: socket.socket) -> None:

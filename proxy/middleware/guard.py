@@ -29,11 +29,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise Refused(415)  # forwarding it coded would hide the model, decoding it would invite bombs
     if "Expect" in fields and fields["Expect"].lower() != "100-continue":
         raise Refused(417)
-    response = await handler(request)
-    if "Upgrade" in fields and not response.prepared:
-        # aiohttp answers nothing behind a declined upgrade with a body (measured): end the connection.
-        response.force_close()
-    return response
+    return await handler(request)
 
 
 def _check_line(request: web.Request) -> None:
