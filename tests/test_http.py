@@ -380,7 +380,7 @@ async def test_refusals_are_in_our_version(pair: Pair, version: str) -> None:
     async with await Caller.connect(pair[0].port) as caller, asyncio.timeout(5):
         await caller.send(line(f"GET /v1/models {version}", "Host: t"))
         assert (await caller.reader.readuntil(b"\r\n")).startswith(
-            (b"HTTP/1.1 505 ", b"HTTP/1.0 505 ", b"HTTP/1.0 400 ")
+            (b"HTTP/1.1 505 ", b"HTTP/1.1 400 ")
         )
 
 
