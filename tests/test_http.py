@@ -379,9 +379,7 @@ async def test_refusals_are_in_our_version(pair: Pair, version: str) -> None:
     """A status line never claims a version that we do not speak (RFC 9110 2.5)."""
     async with await Caller.connect(pair[0].port) as caller, asyncio.timeout(5):
         await caller.send(line(f"GET /v1/models {version}", "Host: t"))
-        assert (await caller.reader.readuntil(b"\r\n")).startswith(
-            (b"HTTP/1.1 505 ", b"HTTP/1.1 400 ")
-        )
+        assert (await caller.reader.readuntil(b"\r\n")).startswith((b"HTTP/1.1 505 ", b"HTTP/1.1 400 "))
 
 
 @pytest.mark.parametrize("secret", [b"sk-SECRET\x01", b"sk-SECRET\x00x", b"sk-SECRET\rx", b"sk-SECRET\x7f"])
