@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import select
 import threading
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -164,9 +165,10 @@ class Sink:
     def _write_batch(self, lines: list[bytes]) -> None:
         try:
             self._reopen_if_moved()
-            rest = memoryview(b"".join(lines))
-            while rest:  # a pipe or a nearly full disk may take a part
-                rest = rest[os.write(self._fd, rest) :]
+            for part in _packed(lines):
+                rest = memoryview(part)
+                while rest:  # a nearly full disk may take a part
+                    rest = rest[os.write(self._fd, rest) :]
         except OSError:
             self._lost += len(lines)
 
@@ -182,6 +184,20 @@ class Sink:
             opened = _open(self._path)
             os.close(self._fd)
             self._fd = opened
+
+
+def _packed(lines: list[bytes]) -> Iterator[bytes]:
+    """Whole lines, at most PIPE_BUF bytes together: workers share one pipe, and only up to there is a write
+    not torn by another process's (pipe(7))."""
+    packed: list[bytes] = []
+    size = 0
+    for line in lines:
+        if packed and size + len(line) > select.PIPE_BUF:
+            yield b"".join(packed)
+            packed, size = [], 0
+        packed.append(line)
+        size += len(line)
+    yield b"".join(packed)
 
 
 def _open(path: str) -> int:

@@ -475,7 +475,7 @@ async def test_a_log_directory_that_goes_away(tmp_path: Path) -> None:
 async def until_dropped(admin: int, count: int) -> None:
     """Waits until that many lines are counted as lost."""
     async with asyncio.timeout(5):
-        while await dropped(admin) < count:  # noqa: ASYNC110 - another process cannot set an event
+        while await dropped(admin) < count:
             await asyncio.sleep(0.02)
 
 

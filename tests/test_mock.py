@@ -96,7 +96,7 @@ def events_of(body: bytes) -> list[str]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - a counter has no event to wait for
+    while not condition():
         await asyncio.sleep(0.001)
 
 

@@ -172,7 +172,7 @@ async def test_a_stream_is_listed_and_killed(tmp_path: Path, workers: int) -> No
         streams = await begun(running, 4)
         stream = next(stream for stream in streams if stream["request_id"] == "second")
         assert {name: stream[name] for name in ("route", "model", "upstream", "phase", "client_ip")} == {
-            "route": "chat",
+            "route": "/v1/chat/completions",
             "model": "m",
             "upstream": "up",
             "phase": "stream",
@@ -219,7 +219,7 @@ class Load:
     async def run(self) -> None:
         while not self._stop:
             try:
-                answer = await everything(self._port, asking("short"))
+                answer = await ask(self._port, asking("short"))
             except (ConnectionError, asyncio.IncompleteReadError):
                 self.broken += 1
                 continue
@@ -260,11 +260,13 @@ async def test_a_killed_worker_takes_only_its_own_streams(tmp_path: Path) -> Non
                 if held_by[port] == victim:
                     async with asyncio.timeout(5):
                         assert not (await caller.rest(answer)).clean
-                caller.leave()
+                    caller.leave()
             survivors = [
                 caller for caller, port in zip(callers, ports, strict=True) if held_by[port] != victim
             ]
             assert all(not caller.reader.at_eof() for caller in survivors)
+            for caller in survivors:
+                caller.leave()
             whole = load.whole
             await until(lambda at=whole: load.whole > at + 5, 10)  # type: ignore[misc]
             async with asyncio.timeout(15):
@@ -312,7 +314,7 @@ async def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
         fleet(tmp_path, two(upstream.url)) as running,
         scraped(running),
     ):
-        await opened(running.port, 6, asking("held"))
+        callers = await opened(running.port, 6, asking("held"))
         before = running.workers()
         os.kill(before[0], signal.SIGSTOP)
         stopped_at = time.monotonic()
@@ -328,6 +330,8 @@ async def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
         assert before[1] in running.workers()
         assert [line["pid"] for line in running.logged("worker_hangs")] == [before[0]]
         assert await running.total("headrace_workers_replaced_total") == 1
+        for caller in callers:
+            caller.leave()
 
 
 async def test_workers_end_with_their_supervisor(tmp_path: Path) -> None:
@@ -588,6 +592,7 @@ async def test_few_file_descriptors(tmp_path: Path) -> None:
         scripted(by_kind(held=HELD, short=SHORT)) as upstream,
         fleet(tmp_path, settings_for(upstream.url, drain=1), before="ulimit -n 64") as running,
     ):
+        await until(lambda: bool(running.logged("max_connections_lowered")))
         cap = running.logged("max_connections_lowered")[0]["to"]
         assert 4 <= cap < 32
         callers = await opened(running.port, cap, asking("held"))

@@ -44,6 +44,13 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
+def parent(pid: int) -> int:
+    """The process that started this one; 0 if it is gone."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
 def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
@@ -85,13 +92,10 @@ class Fleet:
     def workers(self, front: int | None = None) -> list[int]:
         """The worker processes of a front (of the first one)."""
         pid = front or self.pid
-        with suppress(FileNotFoundError):
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            # A child between fork and exec still looks like its parent.
-            return sorted(
-                int(child) for child in children if "worker" in command_line(int(child)) and alive(int(child))
-            )
-        return []
+        # A child between fork and exec still looks like its parent.
+        return [
+            child for child in self.processes() if parent(child) == pid and "worker" in command_line(child)
+        ]
 
     async def settle(self, count: int = 2, front: int | None = None) -> list[int]:
         """Waits until that many workers serve; their pids."""
@@ -136,7 +140,10 @@ class Fleet:
         state: dict[str, Any] = {}
         try:
             async with asyncio.timeout(timeout_s):
-                while any((state := await self.state())[name] for name in LEVELS):
+                while True:
+                    state = await self.state()
+                    if not any(state[name] for name in LEVELS):
+                        return
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise AssertionError(f"still busy: {state}") from None
