@@ -115,7 +115,7 @@ class Context:
             "age_s": round(now - self.started_at, 3),
             "ttft_s": None
             if self.first_token_at is None
-            else round(self.first_token_at - self.started_at, 4),
+            else round(self.first_token_at - self.started_at, 3),
             "client_ip": self.client_ip,
         }
 

@@ -104,7 +104,9 @@ class Channel(asyncio.Protocol):
                 return
             frame = bytes(received[_LENGTH_BYTES:end])
             del received[:end]
-            self._take(frame)
+            if not self._take(frame):
+                self._abort()
+                return
 
     def connection_lost(self, _: Exception | None) -> None:
         self._transport = None
@@ -123,15 +125,17 @@ class Channel(asyncio.Protocol):
         if transport.get_write_buffer_size() > _MAX_WAITING:
             return False
         frame = self._encode(message)
+        if _LENGTH_BYTES + len(frame) > _MAX_FRAME:  # the other side would take it for garbage and end
+            return False
         transport.write(len(frame).to_bytes(_LENGTH_BYTES, "big") + frame)
         return True
 
-    def _take(self, frame: bytes) -> None:
+    def _take(self, frame: bytes) -> bool:
+        """False: this is no message."""
         try:
             message = self._decode(frame)
         except msgspec.MsgspecError:
-            self._abort()
-            return
+            return False
         if message.kind == "call":
             spawn(self._answer(message), f"control {message.verb}")
         elif message.kind == "note":
@@ -141,14 +145,15 @@ class Channel(asyncio.Protocol):
                 call.set_result(message.payload)
             else:
                 call.set_exception(ControlError(str(message.payload)))
+        return True
 
     async def _answer(self, message: Message) -> None:
         try:
             payload = await self._handler(message.verb, message.payload)
+            if not self._send(Message("answer", message.number, message.verb, payload)):
+                raise ControlError("the answer is too large, or the control channel full")
         except Exception as error:  # whatever it is, the other side must not wait for ever
             self._send(Message("failure", message.number, message.verb, str(error) or type(error).__name__))
-        else:
-            self._send(Message("answer", message.number, message.verb, payload))
 
     def _abort(self) -> None:
         if self._transport is not None:

@@ -48,7 +48,8 @@ class Core:
         self.started_at = started_at  # wall clock, seconds: `created` of the models list
         self.running: set[Context] = set()
         self.bodies = Bodies(settings.max_buffered_bytes)
-        self.draining = False
+        self.draining = False  # answers close their connection
+        self.refusing = False  # and there are no new requests
 
     def route(self, model: str | None) -> tuple[str, list[tuple[Upstream, str | None]]]:
         """The configured name of a model (the metric label) and whom to ask, under which name.

@@ -71,22 +71,29 @@ class Listener(web.Server):
         oldest.force_close()
         return True
 
-    def close_idle(self) -> None:
+    def close_idle(self, *, fresh: bool) -> None:
+        """Kept connections; `fresh`: those as well on which nothing was asked yet."""
         for connection in list(self.idle):
-            connection.force_close()
-        self.idle.clear()
+            if fresh or not connection.fresh:
+                connection.force_close()
+                del self.idle[connection]
+
+    def has_fresh(self) -> bool:
+        """Is there a caller that has connected and whose first request is still on its way?"""
+        return any(connection.fresh for connection in self.idle)
 
 
 class Connection(RequestHandler):
     """One caller's connection."""
 
-    __slots__ = ("_counted", "_head_timer", "_listener", "_received")
+    __slots__ = ("_counted", "_head_timer", "_listener", "_received", "fresh")
 
     def __init__(self, listener: Listener, **kwargs: Any) -> None:
         super().__init__(listener, **kwargs)
         self._listener = listener
         self._counted = False
         self._received = False
+        self.fresh = True  # no request has come yet
         self._head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -113,6 +120,7 @@ class Connection(RequestHandler):
             self._refuse_versions()
         if self._messages or self._current_request is not None:
             self._listener.idle.pop(self, None)
+            self.fresh = False
             self._head_done()
         elif self._head_timer is None and self._waiter is not None and not self._waiter.done():
             self._received = True

@@ -28,7 +28,7 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
         raise NotFound
     if endpoint.ours:
         return await _OURS[endpoint.name](request)
-    if request.app[CORE].draining:
+    if request.app[CORE].refusing:
         raise Draining
     return await proxy(request, ctx, endpoint)
 

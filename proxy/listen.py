@@ -54,6 +54,20 @@ def _unlink_stale(path: str) -> None:
         probe.close()
 
 
+def keep_or_bind(inherited: socket.socket, address: Address) -> socket.socket:
+    """The inherited socket, unless the configuration on disk names another address by now."""
+    here = inherited.getsockname()
+    if inherited.family == socket.AF_UNIX:
+        same = here == address.unix_path
+    else:
+        # An empty host is every address; a name was looked up when it was bound: only the port tells then.
+        same = address.unix_path is None and address.port in (0, here[1])
+    if same:
+        return inherited
+    inherited.close()
+    return bind(address)
+
+
 def close(sock: socket.socket | None, address: Address, *, keep_path: bool) -> None:
     if sock is None:
         return

@@ -33,6 +33,8 @@ from proxy.upstream import Upstream
 _LAG_EVERY_S = 0.5
 #: After the drain's end: for error events to be flushed and lines to be written.
 _LAST_WORDS_S = 1.0
+#: During drain: for the first request of a connection that has just been accepted.
+_FRESH_S = 1.0
 #: Descriptors that are neither a caller's nor an upstream's connection: log, listeners, loop, databases.
 _SPARE_DESCRIPTORS = 24
 
@@ -215,11 +217,29 @@ class Server:
         if self._accepting is not None:
             self._accepting.close()
         if self._runner is not None and self._runner.listener is not None:
-            self._runner.listener.close_idle()
+            self._runner.listener.close_idle(fresh=False)
+        await self._until_none_fresh(min(limit_s, _FRESH_S), hurry)
+        self.core.refusing = True
         await self._until_idle(limit_s, hurry)
         for ctx in list(self.core.running):
             ctx.stop(Reason.DRAINED)
         await self._until_idle(_LAST_WORDS_S, None)
+
+    async def _until_none_fresh(self, limit_s: float, hurry: asyncio.Event) -> None:
+        """Whoever was accepted before the listener closed has been promised an answer: no other process will
+        see this connection."""
+        listener = self._runner.listener if self._runner is not None else None
+        give_up_at = time.monotonic() + limit_s
+        await asyncio.sleep(0.01)  # uvloop makes the last connections after their accept
+        while (  # noqa: ASYNC110
+            listener is not None
+            and listener.has_fresh()
+            and time.monotonic() < give_up_at
+            and not hurry.is_set()
+        ):
+            await asyncio.sleep(0.01)
+        if listener is not None:
+            listener.close_idle(fresh=True)
 
     async def _until_idle(self, limit_s: float, hurry: asyncio.Event | None) -> None:
         give_up_at = time.monotonic() + limit_s

@@ -79,9 +79,13 @@ class Front:
         self._elders: list[RemoteWorker] = []  # generations that still drain
         self._listener: socket.socket | None = None
         self._admin_socket: socket.socket | None = None
-        self._admin_runner: web.AppRunner | None = None
+        self._admin_runner: Runner | None = None
         self._handover: Channel | None = None
+        self._guest = False  # started by a restart and not yet serving: the paths are another's
         self._restarting = False
+        self._reloading = asyncio.Lock()  # a worker can prepare one configuration at a time
+        self._serving: asyncio.Future[None] | None = None
+        self._gone_from_admin = False
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._drain_s = settings.drain
@@ -97,10 +101,15 @@ class Front:
             self._listener = listen.bind(self.settings.listen_address)
             self._admin_socket = listen.bind(self.settings.admin_address)
         else:
+            self._guest = True
             self._listener, self._admin_socket, handover = inherited
+            self._listener = listen.keep_or_bind(self._listener, self.settings.listen_address)
+            self._admin_socket = listen.keep_or_bind(self._admin_socket, self.settings.admin_address)
         self.port, self.admin_port = listen.port_of(self._listener), listen.port_of(self._admin_socket)
         app = self._admin_app()
         await self._start_workers()
+        if inherited is not None:
+            await self._take_over(handover)  # first: one page without the elder's figures would be too many
         self._admin_runner = Runner(  # ours, because aiohttp's parser quotes what it refuses: the token
             app,
             Limits(_ADMIN_CONNECTIONS, self.settings.timeouts.header, self.settings.timeouts.write),
@@ -111,8 +120,6 @@ class Front:
         )
         await self._admin_runner.setup()
         await web.SockSite(self._admin_runner, self._admin_socket).start()
-        if inherited is not None:
-            await self._take_over(handover)
 
     async def _start_workers(self) -> None:
         assert self._listener is not None
@@ -139,8 +146,9 @@ class Front:
 
     async def _catch_up(self, worker: RemoteWorker) -> None:
         try:
-            await worker.prepare(self.settings)
-            await worker.commit()
+            async with self._reloading:
+                await worker.prepare(self.settings)
+                await worker.commit()
         except ControlError:
             self._give_up(worker)
 
@@ -161,7 +169,9 @@ class Front:
         address, token = self.settings.admin_address, self.settings.admin_token
         if not address.loopback and token is None:
             raise StartError("admin: this address is not loopback, so `admin_token` has to be set")
-        return admin.make_app(self, token=None if address.loopback else token)
+        app = admin.make_app(self, token=None if address.loopback else token)
+        app.on_response_prepare.append(self._close_behind)
+        return app
 
     # ── what the admin listener asks ─────────────────────────────────────────────────────────────────────
 
@@ -214,7 +224,8 @@ class Front:
     async def reload(self) -> None:
         """All workers change to the configuration on disk, or none does. Raises ConfigError or StartError."""
         try:
-            await self._reload()
+            async with self._reloading:
+                await self._reload()
         except (ConfigError, StartError) as error:
             self._metrics.config_reloads.add(("error",))
             structlog.get_logger().error("reload_failed", why=str(error))
@@ -271,7 +282,8 @@ class Front:
             )
         serving = asyncio.get_running_loop().create_future()
         ours.setblocking(False)
-        self._handover = await Channel.open(ours, self._answer_heir, _resolve(serving))
+        self._serving = serving
+        self._handover = await Channel.open(ours, self._answer_heir, lambda *_: None)
         try:
             async with asyncio.timeout(START_S):
                 await asyncio.wait([serving, self._handover.closed], return_when=asyncio.FIRST_COMPLETED)
@@ -288,16 +300,36 @@ class Front:
         self._stop.set()
         return process.pid
 
+    async def _leave_admin(self) -> None:
+        """The new generation answers there now: kept connections end, or their scraper would stay with us."""
+        self._gone_from_admin = True
+        if self._admin_runner is None:
+            return
+        for site in list(self._admin_runner.sites):
+            await site.stop()
+        if self._admin_runner.listener is not None:
+            self._admin_runner.listener.close_idle(fresh=False)
+
+    async def _close_behind(self, _: web.Request, response: web.StreamResponse) -> None:
+        if self._gone_from_admin:
+            response.force_close()
+
     async def _answer_heir(self, verb: str, payload: Any) -> Any:
         """The new generation asks us what it would ask a worker."""
+        if verb == "serving":
+            await self._leave_admin()
+            if self._serving is not None and not self._serving.done():
+                self._serving.set_result(None)
+            return None
         return await answer_worker_verb(_AsWorker(self), verb, payload)
 
     async def _take_over(self, sock: socket.socket) -> None:
         elder = RemoteWorker(os.getppid())
         await elder.connect(sock)
         assert elder.channel is not None
-        elder.channel.note("serving")
         self._elders.append(elder)
+        await elder.channel.call("serving")  # answered when nobody else answers at the admin listener
+        self._guest = False
         spawn(self._until_gone(elder), "previous generation")
 
     async def _until_gone(self, elder: RemoteWorker) -> None:
@@ -336,9 +368,6 @@ class Front:
     async def drain(self) -> None:
         """Readiness 503, no new connections, running requests to their end or to the deadline."""
         self.draining = True
-        if self._handover is not None and self._admin_runner is not None:
-            for site in list(self._admin_runner.sites):
-                await site.stop()  # the new generation answers there now
         for keeper in self._keepers:
             keeper.stop()
         drains = asyncio.gather(
@@ -346,7 +375,18 @@ class Front:
         )
         hurry = spawn(self._pass_on_hurry(), "hurry")
         await drains
+        await self._until_elders_gone()
         hurry.cancel()
+
+    async def _until_elders_gone(self) -> None:
+        """Generations before this one are seen and counted through it only."""
+        closed = [elder.channel.closed for elder in self._elders if elder.channel is not None]
+        if closed and not self._hurry.is_set():
+            hurried = spawn(self._hurry.wait(), "wait for hurry")
+            gone = asyncio.gather(*map(asyncio.shield, closed))
+            await asyncio.wait([gone, hurried], timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
+            hurried.cancel()
+            gone.cancel()
 
     async def _pass_on_hurry(self) -> None:
         await self._hurry.wait()
@@ -369,7 +409,7 @@ class Front:
             (self._listener, self.settings.listen_address),
             (self._admin_socket, self.settings.admin_address),
         ):
-            listen.close(sock, address, keep_path=self._handover is not None)
+            listen.close(sock, address, keep_path=self._handover is not None or self._guest)
         self._sink.attach(None)
 
     # ── what a person reads ──────────────────────────────────────────────────────────────────────────────
@@ -419,14 +459,6 @@ class _AsWorker(LocalWorker):
 
     async def kill(self, stream_id: str) -> bool:
         return await self._front.kill(stream_id)
-
-
-def _resolve(future: asyncio.Future[None]) -> Callable[[str, Any], None]:
-    def heard(verb: str, _: Any) -> None:
-        if verb == "serving" and not future.done():
-            future.set_result(None)
-
-    return heard
 
 
 def _inherited(
