@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -614,22 +615,22 @@ async def refused(it: Lab, request: bytes, status: int, code: str, reason: str =
     return answer
 
 
-def unused_port() -> int:
-    import socket
-
+@contextmanager
+def refusing_port() -> Iterator[int]:
+    """A port that is bound, so that nobody else gets it meanwhile, and does not listen: connects are refused."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+        yield sock.getsockname()[1]
 
 
 @both
 @pytest.mark.parametrize("stream", [True, False])
 async def test_nobody_listens(way: Way, stream: bool) -> None:
     """A refused connection is 502 upstream_unreachable."""
-    async with lab(plays(), way, upstream={"base_url": f"http://127.0.0.1:{unused_port()}/v1"}) as it:
-        answer = await refused(it, chat(stream=stream), 502, "upstream_unreachable")
-        assert answer.headers["x-headrace-attempts"] == "1"
+    with refusing_port() as port:
+        async with lab(plays(), way, upstream={"base_url": f"http://127.0.0.1:{port}/v1"}) as it:
+            answer = await refused(it, chat(stream=stream), 502, "upstream_unreachable")
+            assert answer.headers["x-headrace-attempts"] == "1"
 
 
 @everywhere
@@ -648,7 +649,7 @@ async def test_an_upstream_that_hangs_up(way: Way, how: Any, method: str) -> Non
 @pytest.mark.parametrize("head", [b"", HEAD], ids=["silent", "head only"])
 async def test_no_first_byte(way: Way, stream: bool, head: bytes) -> None:
     """No byte of a body in time is 504, and the upstream is let go."""
-    async with lab(plays(head, hold), way, upstream={"timeouts": {"first_byte": 0.3}}) as it:
+    async with lab(plays(head, hold), way, upstream={"timeouts": {"first_byte": 1.0}}) as it:
         await refused(it, chat(stream=stream), 504, "upstream_timeout", "upstream_stall")
         async with asyncio.timeout(1):
             await (await it.called()).gone.wait()
