@@ -6,7 +6,8 @@ rules (no I/O, no clock of their own)
     errors      what can go wrong, whose fault it is, what the caller is told
     address     listener addresses as people write them
     yamlstruct  YAML text into Structs, with the path of every mistake
-    config      the configuration: its Structs, its defaults, its checks
+    schema      every key of the configuration: default, unit, check
+    config      loads a configuration, and checks it as a whole
     endpoints   the allow-list of methods and paths
     headers     which fields cross the proxy
     peek        what a JSON body says about routing and cost

@@ -1,10 +1,8 @@
-"""The configuration: what a file may say, what it means when left out, and what is wrong with it.
+"""The configuration: loads it, and says what is wrong with it.
 
 A rule module: no event loop, no clock. It is the one place that reads a configuration file, the files named
-in `${file:…}` and the environment (handed in as a mapping). The Structs below are the only source of keys,
-defaults, units and descriptions; `yamlstruct` walks them, so a new key is a new field and nothing else.
-
-All durations are seconds. A relative path in the file is relative to the working directory.
+in `${file:…}` and the environment (handed in as a mapping). What a file may say, with every default, is
+`schema`; how text becomes those Structs is `yamlstruct`.
 """
 
 from __future__ import annotations
@@ -15,275 +13,20 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeAlias
-from urllib.parse import urlsplit
+from typing import Literal, TypeAlias
 
 import msgspec
-from msgspec import Meta, inspect
+from msgspec import inspect
 
-from proxy.address import Address, is_host, parse_address
+from proxy.address import Address, parse_address
+from proxy.schema import MOCK_URL, SHIPPED_PLANS, Model, Settings
 from proxy.yamlstruct import ConfigError, Reader, join, read_yaml, show, suggest
 
 BUILT_IN = "built-in"
-MOCK_URL = "mock:"
 FILE_NAME = "headrace.yaml"
 FILE_VARIABLE = "HEADRACE_CONFIG"
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
-class Secret(str):
-    """Text that a log line or a traceback cannot show by accident; `str()` gives the plain text."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
-
-
-# ── checks of one value ─────────────────────────────────────────────────────────────────────────────────
-# Each takes the text and how an error may show it (an environment variable is shown by its name), gives the
-# text to keep, and raises ValueError. They hang on the type aliases below; the reader adds the path.
-
-
-def _check_address(text: str, shown: str) -> str:
-    try:
-        parse_address(text)
-    except ValueError as error:
-        raise ValueError(f"{error}, got {shown}") from None
-    return text
-
-
-def _check_network(text: str, shown: str) -> str:
-    try:
-        ipaddress.ip_network(text)
-    except ValueError:
-        raise ValueError(f"expected an IP address or a network without host bits, got {shown}") from None
-    return text
-
-
-def _check_base_url(text: str, shown: str) -> str:
-    # The value is never shown: a password or a key in the URL is what this refuses.
-    if text == MOCK_URL:
-        return text
-    if not _is_base_url(text):
-        raise ValueError("expected http(s)://host[:port][/path] without user, query and fragment, or 'mock:'")
-    return text.rstrip("/")
-
-
-def _is_base_url(text: str) -> bool:
-    if not text.isascii() or not text.isprintable() or re.search(r"[\s?#@\\]", text):
-        return False
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and is_host(parts.hostname or "") and parts.port != 0
-    except ValueError:
-        return False
-
-
-def _check_secret(text: str, shown: str) -> str:
-    # It becomes a header value: a stray \r from a secret file would fail every request, not the start.
-    if not all("!" <= character <= "~" for character in text):
-        raise ValueError("has a blank, a line break or another character that a header cannot carry")
-    return Secret(text)
-
-
-def _check_file(text: str, shown: str) -> str:
-    try:
-        with open(text, "rb"):
-            return text
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise ValueError(f"expected the path of a file, got {shown}") from None
-
-
-def _check_upstream_name(text: str, shown: str) -> str:
-    # The name goes out as the header x-headrace-upstream.
-    if not text or not all("!" <= character <= "~" for character in text):
-        raise ValueError("an upstream's name is one or more ASCII characters without blanks")
-    return text
-
-
-def _check_model_name(text: str, shown: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise ValueError("a model's name is not empty and has only printable characters")
-    return text
-
-
-def _check_text(text: str, shown: str) -> str:
-    if not text:
-        raise ValueError("must not be empty")
-    return text
-
-
-# A year: past it a timer is a typing error, and the event loop's own arithmetic is still exact.
-_LONGEST_S = 31_536_000
-Seconds = Annotated[float, Meta(gt=0, le=_LONGEST_S)]
-SecondsOrOff = Annotated[float, Meta(ge=0, le=_LONGEST_S)]
-Bytes = Annotated[int, Meta(gt=0, le=2**53)]
-AddressText = Annotated[str, Meta(extra={"check": _check_address})]
-NetworkText = Annotated[str, Meta(extra={"check": _check_network})]
-BaseUrl = Annotated[str, Meta(extra={"check": _check_base_url})]
-SecretText = Annotated[str, Meta(extra={"check": _check_secret, "secret": True})]
-ReadableFile = Annotated[str, Meta(extra={"check": _check_file})]
-UpstreamName = Annotated[str, Meta(extra={"check": _check_upstream_name})]
-ModelName = Annotated[str, Meta(extra={"check": _check_model_name})]
-Text = Annotated[str, Meta(extra={"check": _check_text})]
-
-
-# ── what a file may say ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _doc(description: str) -> Meta:
-    """What the reference says about a field, with its unit."""
-    return Meta(description=description)
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A mapping of the file. With `shorthand`, plain text stands for a mapping with that one key."""
-
-    shorthand: ClassVar[str] = ""
-
-
-class Tls(Section, frozen=True, kw_only=True):
-    """TLS of the data listener."""
-
-    cert: Annotated[ReadableFile, _doc("PEM file: the certificate and its chain.")]
-    key: Annotated[ReadableFile, _doc("PEM file: the private key.")]
-
-
-class CallerTimeouts(Section, frozen=True, kw_only=True):
-    """How long a caller may take."""
-
-    header: Annotated[Seconds, _doc("Seconds for the whole request head.")] = 10.0
-    body: Annotated[Seconds, _doc("Seconds for the whole request body.")] = 60.0
-    write: Annotated[Seconds, _doc("Seconds that a write to the caller may be stuck.")] = 60.0
-    keepalive: Annotated[Seconds, _doc("Seconds that an idle connection is kept.")] = 75.0
-
-
-class UpstreamTimeouts(Section, frozen=True, kw_only=True):
-    """How long an upstream may take."""
-
-    connect: Annotated[Seconds, _doc("Seconds for DNS, TCP and TLS together.")] = 5.0
-    first_byte: Annotated[
-        Seconds, _doc("Seconds to the head of the answer; without a stream that is the whole generation.")
-    ] = 300.0
-    idle: Annotated[Seconds, _doc("Seconds of silence inside an answer.")] = 120.0
-    total: Annotated[Seconds, _doc("Seconds for one request with all its attempts.")] = 900.0
-
-
-class Pool(Section, frozen=True, kw_only=True):
-    """The kept connections of one upstream."""
-
-    keepalive: Annotated[SecondsOrOff, _doc("Seconds that an idle connection is kept; 0 keeps none.")] = 15.0
-    max_age: Annotated[Seconds, _doc("Seconds after which a connection is not used again.")] = 300.0
-    dns_ttl: Annotated[Seconds, _doc("Seconds that a DNS answer is kept.")] = 10.0
-
-
-class Upstream(Section, frozen=True, kw_only=True):
-    """One provider: where it is and how it is spoken to."""
-
-    base_url: Annotated[
-        BaseUrl, _doc("http(s)://host[:port][/path], or `mock:` for the embedded mock; no slash at its end.")
-    ]
-    api_key: Annotated[SecretText | None, _doc("The credential sent upstream; empty is none.")] = None
-    auth: Annotated[
-        Literal["bearer", "x-api-key", "api-key", "none"], _doc("The header that carries api_key.")
-    ] = "bearer"
-    timeouts: UpstreamTimeouts = UpstreamTimeouts()
-    pool: Pool = Pool()
-    ca_file: Annotated[
-        ReadableFile | None, _doc("PEM file: the private CA that signed the upstream's certificate.")
-    ] = None
-
-
-class Target(Section, frozen=True, kw_only=True):
-    """One upstream of a model. A plain name stands for `{name: …}`."""
-
-    shorthand: ClassVar[str] = "name"
-
-    name: Annotated[Text, _doc("The upstream, as written under `upstreams`.")]
-    model: Annotated[Text | None, _doc("The model's name there; left out: as the caller wrote it.")] = None
-
-
-class Model(Section, frozen=True, kw_only=True):
-    """One model name, or a pattern with `*` and `?`."""
-
-    upstreams: Annotated[tuple[Target, ...], Meta(min_length=1), _doc("Where it is served, in order.")]
-
-
-class Auth(Section, frozen=True, kw_only=True):
-    """Who may call."""
-
-    mode: Annotated[
-        Literal["required", "open"],
-        _doc("`open` ignores every credential; only while `listen` is loopback or a unix socket."),
-    ] = "required"
-
-
-class Streams(Section, frozen=True, kw_only=True):
-    """What a silent stream gets."""
-
-    heartbeat: Annotated[
-        SecondsOrOff, _doc("Seconds of upstream silence before a comment is sent; 0 is off.")
-    ] = 15.0
-    commit_after: Annotated[
-        SecondsOrOff, _doc("Seconds without a first byte before 200 and comments are sent; 0 is off.")
-    ] = 30.0
-
-
-class Log(Section, frozen=True, kw_only=True):
-    """The log."""
-
-    format: Annotated[Literal["json", "text"], _doc("One JSON object a line, or text to read.")] = "json"
-    level: Annotated[
-        Literal["debug", "info", "warning", "error"], _doc("The least severe line that is written.")
-    ] = "info"
-    file: Annotated[Text | None, _doc("The file to append to; null is standard output.")] = None
-
-
-class Settings(Section, frozen=True, kw_only=True):
-    """Everything that a configuration file may say."""
-
-    listen: Annotated[
-        AddressText, _doc("Data listener: host:port, [ipv6]:port, :port (every interface), unix:/path.")
-    ] = "127.0.0.1:8080"
-    admin: Annotated[
-        AddressText, _doc("Listener of metrics, health and the admin API; never the data listener.")
-    ] = "127.0.0.1:9464"
-    tls: Annotated[Tls | None, _doc("TLS of the data listener; left out: none.")] = None
-    workers: Annotated[
-        Annotated[int, Meta(ge=1, le=1024)] | Literal["auto"], _doc("Processes; auto is one per core.")
-    ] = 1
-    max_connections: Annotated[
-        int, Meta(gt=0, le=10_000_000), _doc("Connections of callers held at once.")
-    ] = 8000
-    trusted_proxies: Annotated[
-        tuple[NetworkText, ...], _doc("IP addresses and networks whose X-Forwarded-For is believed.")
-    ] = ("127.0.0.1",)
-    admin_token: Annotated[SecretText | None, _doc("Bearer token of the admin listener; empty is none.")] = (
-        None
-    )
-    max_body_bytes: Annotated[Bytes, _doc("Bytes of one JSON request body.")] = 33_554_432
-    max_buffered_bytes: Annotated[Bytes, _doc("Bytes of all request bodies held at once.")] = 1_073_741_824
-    timeouts: CallerTimeouts = CallerTimeouts()
-    default_upstream: Annotated[
-        str, _doc("The upstream of routes without a model; left out: the first upstream.")
-    ] = ""
-    upstreams: Annotated[dict[UpstreamName, Upstream], _doc("Providers by name, at least one.")] = (
-        msgspec.field(default_factory=dict)
-    )
-    models: Annotated[
-        dict[ModelName, Model],
-        _doc("Models by name or pattern; exact names win, then the first pattern in file order."),
-    ] = msgspec.field(default_factory=dict)
-    auth: Auth = Auth()
-    streams: Streams = Streams()
-    log: Log = Log()
-    drain: Annotated[
-        SecondsOrOff, _doc("Seconds that open requests get at shutdown; 0 ends them at once.")
-    ] = 120.0
 
 
 class Config(Settings, frozen=True, kw_only=True, dict=True):
@@ -356,7 +99,35 @@ def _check_config(config: Config) -> Config:
             f"open is allowed only while listen is loopback or a unix socket, not {config.listen}: {advice}"
         )
         raise ConfigError(config.source, "auth.mode", message)
+    _check_jwt(config)
+    _check_browser_api(config)
     return config
+
+
+def _check_jwt(config: Config) -> None:
+    jwt = config.auth.jwt
+    if jwt is None:
+        return
+    symmetric = "HS256" in jwt.algorithms
+    if symmetric and len(set(jwt.algorithms)) > 1:
+        message = "HS256 cannot stand beside the others: a public key would become a shared secret"
+        raise ConfigError(config.source, "auth.jwt.algorithms", message)
+    if symmetric and jwt.secret is None:
+        raise ConfigError(config.source, "auth.jwt.secret", "is missing: HS256 has no default secret")
+    if not symmetric and jwt.jwks_url is None:
+        raise ConfigError(config.source, "auth.jwt.jwks_url", f"is missing: {jwt.algorithms[0]} needs it")
+
+
+def _check_browser_api(config: Config) -> None:
+    api = config.browser_api
+    if api is None:
+        return
+    if config.match_model(api.model) is None:
+        message = f"unknown model {api.model!r}{suggest(api.model, config.models)}"
+        raise ConfigError(config.source, "browser_api.model", message)
+    if api.plan not in config.plans:
+        message = f"unknown plan {api.plan!r}{suggest(api.plan, config.plans)}"
+        raise ConfigError(config.source, "browser_api.plan", message)
 
 
 def _check_upstream(config: Config, name: str, path: str) -> None:
@@ -414,7 +185,13 @@ def built_in(environ: Mapping[str, str]) -> Config:
         if environ.get(variable):
             upstreams[name] = {"base_url": base_url, "api_key": f"${{{variable}}}"}
             models[pattern] = {"upstreams": [name]}
-    return _build({"upstreams": upstreams, "models": models, "auth": {"mode": "open"}}, BUILT_IN, environ)
+    raw = {
+        "upstreams": upstreams,
+        "models": models,
+        "auth": {"mode": "open"},
+        "browser_api": {"model": "echo"},
+    }
+    return _build(raw, BUILT_IN, environ)
 
 
 _PROVIDERS = (
@@ -428,10 +205,22 @@ _PROVIDERS = (
 def _build(raw: object, source: str, environ: Mapping[str, str]) -> Config:
     kind = inspect.type_info(Settings)
     assert isinstance(kind, inspect.StructType)
+    raw = _with_shipped_plans(raw)
     values = msgspec.structs.asdict(Reader(source, environ).section(kind, raw, ""))
     values["default_upstream"] = values["default_upstream"] or next(iter(values["upstreams"]), "")
     written = isinstance(raw, dict) and "max_connections" in raw
     return _check_config(Config(**values, source=source, written_max_connections=written))
+
+
+def _with_shipped_plans(raw: object) -> object:
+    """What a written plan says goes over the shipped one of its name; mistakes are the reader's to name."""
+    if not isinstance(raw, dict | None) or not isinstance((raw or {}).get("plans", {}), dict | None):
+        return raw
+    plans: dict[str, object] = dict(SHIPPED_PLANS)
+    for name, plan in ((raw or {}).get("plans") or {}).items():
+        shipped = SHIPPED_PLANS.get(name, {})
+        plans[name] = {**shipped, **plan} if isinstance(plan, dict) else plan or shipped
+    return {**(raw or {}), "plans": plans}
 
 
 def with_overrides(

@@ -36,7 +36,7 @@ from proxy.upstream import translate
 from proxy.wire import HELD_LIMIT, End
 
 if TYPE_CHECKING:
-    from proxy import config
+    from proxy import schema
     from proxy.metrics import Metrics
     from proxy.upstream import Exchange, Upstream
 
@@ -68,7 +68,7 @@ class Forwarding:
     """One request on its way through the upstreams."""
 
     def __init__(
-        self, request: web.Request, ctx: Context, streams: config.Streams, write_s: float, metrics: Metrics
+        self, request: web.Request, ctx: Context, streams: schema.Streams, write_s: float, metrics: Metrics
     ) -> None:
         self._request = request
         self._ctx = ctx

@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from proxy import __version__, config, handlers, mock, wire
+from proxy import __version__, config, handlers, mock, schema, wire
 from proxy.context import CONTEXT, CORE, Context
 from proxy.core import Core
 from proxy.downstream import LINGER_S, Limits, Runner
@@ -92,7 +92,7 @@ class Server:
 
     async def _make_upstreams(self, settings: config.Config) -> dict[str, Upstream]:
         """Those whose settings have not changed are kept, with their connections."""
-        if self._mock is None and any(up.base_url == config.MOCK_URL for up in settings.upstreams.values()):
+        if self._mock is None and any(up.base_url == schema.MOCK_URL for up in settings.upstreams.values()):
             self._mock = await mock.start()
         made: dict[str, Upstream] = {}
         for name, entry in settings.upstreams.items():
@@ -100,7 +100,7 @@ class Server:
             if kept is not None and kept.settings == entry:
                 made[name] = kept
                 continue
-            url = self._mock.url if self._mock and entry.base_url == config.MOCK_URL else entry.base_url
+            url = self._mock.url if self._mock and entry.base_url == schema.MOCK_URL else entry.base_url
             made[name] = Upstream(name, entry, url, push=self._push)
         return made
 
@@ -296,7 +296,7 @@ def connections_that_fit(settings: config.Config) -> int:
     cap is lowered to fit the hard limit. A stream takes two descriptors; the embedded mock's end takes one
     more, which counts only where they are short."""
     wanted = -(-settings.max_connections // settings.worker_count)
-    embedded = any(entry.base_url == config.MOCK_URL for entry in settings.upstreams.values())
+    embedded = any(entry.base_url == schema.MOCK_URL for entry in settings.upstreams.values())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = 2 * wanted + _SPARE_DESCRIPTORS
     if soft < need:

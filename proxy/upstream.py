@@ -22,7 +22,7 @@ from proxy.tasks import spawn
 from proxy.wire import End
 
 if TYPE_CHECKING:
-    from proxy import config
+    from proxy import schema
     from proxy.pipe import Pipe
 
 
@@ -61,7 +61,7 @@ class Upstream:
     push: use the wire; False is the public way.
     """
 
-    def __init__(self, name: str, settings: config.Upstream, base_url: str, *, push: bool) -> None:
+    def __init__(self, name: str, settings: schema.Upstream, base_url: str, *, push: bool) -> None:
         self.name = name
         self.settings = settings
         self.timeouts = settings.timeouts
@@ -128,7 +128,7 @@ class Upstream:
         host = f"[{host}]" if ":" in host else host
         return host if default else f"{host}:{self._url.port}"
 
-    def _fixed_fields(self, settings: config.Upstream) -> bytes:
+    def _fixed_fields(self, settings: schema.Upstream) -> bytes:
         """The header lines that are the same for every request."""
         lines = [f"Host: {self._host()}", "Via: 1.1 headrace", "Accept-Encoding: identity"]
         if settings.api_key and settings.auth != "none":

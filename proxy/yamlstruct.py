@@ -185,6 +185,8 @@ class Reader:
                 return self._choice(kind, raw, path)
             case inspect.IntType() | inspect.FloatType():
                 return self._number(kind, raw, path)
+            case inspect.BoolType():
+                return self._boolean(raw, path)
             case _:
                 return self._text(raw, path, show(raw))
 
@@ -256,6 +258,13 @@ class Reader:
             hint = suggest(text, choices)
             raise self._error(path, f"expected one of {expected}, got {show(raw)}{hint}")
         return text
+
+    def _boolean(self, raw: object, path: str) -> bool:
+        text = self._substitute(raw, path) if isinstance(raw, str) and "${" in raw else None
+        value = {"true": True, "false": False}.get(text.lower()) if text is not None else raw
+        if not isinstance(value, bool):
+            raise self._error(path, f"expected true or false, got {show(raw)}")
+        return value
 
     def _number(self, kind: inspect.IntType | inspect.FloatType, raw: object, path: str) -> int | float:
         whole = isinstance(kind, inspect.IntType)

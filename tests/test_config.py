@@ -11,9 +11,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy import config
+from proxy import config, schema
 from proxy.address import Address, parse_address
-from proxy.config import Config, Target, parse
+from proxy.config import Config, parse
+from proxy.schema import Target
 from proxy.yamlstruct import ConfigError
 
 ENVIRON = {"OPENAI_API_KEY": "sk-canary-1", "ADMIN": "adm-canary-2", "PORT": "9000", "EMPTY": ""}
@@ -68,19 +69,19 @@ def test_everything_that_is_written_is_kept(everything: Config, tmp_path: Path) 
     assert everything.source == "FILE"
     assert everything.listen_address == Address("127.0.0.1", 8080)
     assert everything.admin_address == Address("", 0, "/run/headrace/admin.sock")
-    assert everything.tls == config.Tls(cert=str(tmp_path / "CERT"), key=str(tmp_path / "KEY"))
+    assert everything.tls == schema.Tls(cert=str(tmp_path / "CERT"), key=str(tmp_path / "KEY"))
     assert (everything.max_connections, everything.written_max_connections) == (100, True)
     assert ipaddress.ip_address("10.1.2.3") in everything.trusted_networks[1]
     assert everything.admin_token == "adm-canary-2"
     assert (everything.max_body_bytes, everything.max_buffered_bytes) == (1000, 2000)
-    assert everything.timeouts == config.CallerTimeouts(header=1.0, body=2.0, write=3.0, keepalive=4.5)
+    assert everything.timeouts == schema.CallerTimeouts(header=1.0, body=2.0, write=3.0, keepalive=4.5)
     assert everything.default_upstream == "backup"
-    assert everything.upstreams["openai"] == config.Upstream(
+    assert everything.upstreams["openai"] == schema.Upstream(
         base_url="https://api.openai.com/v1",
         api_key="sk-canary-1",
         auth="x-api-key",
-        timeouts=config.UpstreamTimeouts(connect=6.0, first_byte=7.0, idle=8.0, total=9.0),
-        pool=config.Pool(keepalive=0.0, max_age=10.0, dns_ttl=11.0),
+        timeouts=schema.UpstreamTimeouts(connect=6.0, first_byte=7.0, idle=8.0, total=9.0),
+        pool=schema.Pool(keepalive=0.0, max_age=10.0, dns_ttl=11.0),
         ca_file=str(tmp_path / "CERT"),
     )
     assert everything.models["gpt-4.1"].upstreams == (
@@ -88,14 +89,24 @@ def test_everything_that_is_written_is_kept(everything: Config, tmp_path: Path) 
         Target(name="backup", model="gpt-4.1-eu"),
     )
     assert everything.auth.mode == "open"
-    assert everything.streams == config.Streams(heartbeat=0.0, commit_after=0.0)
-    assert everything.log == config.Log(format="text", level="debug", file="headrace.log")
+    assert everything.streams == schema.Streams(heartbeat=0.0, commit_after=0.0)
+    assert everything.log == schema.Log(format="text", level="debug", file="headrace.log")
     assert everything.drain == 0
 
 
 def test_defaults() -> None:
     read = parse(UP, "FILE", {})
-    assert read == Config(upstreams=read.upstreams, default_upstream="openai", source="FILE")
+    assert read == Config(
+        upstreams=read.upstreams, plans=read.plans, default_upstream="openai", source="FILE"
+    )
+    assert read.plans == {
+        "basic": schema.Plan(
+            requests_per_minute=30, burst=10, tokens_per_minute=100_000, max_in_flight=5, priority=0
+        ),
+        "pro": schema.Plan(requests_per_minute=100, burst=20, max_in_flight=20, priority=5),
+        "enterprise": schema.Plan(requests_per_minute=500, burst=100, max_in_flight=100, priority=10),
+        "anonymous": schema.Plan(requests_per_minute=30, burst=20, max_in_flight=2),
+    }
     assert (read.listen, read.admin, read.auth.mode) == ("127.0.0.1:8080", "127.0.0.1:9464", "required")
     assert (read.max_connections, read.written_max_connections) == (8000, False)
     assert (read.upstreams["openai"].auth, read.upstreams["openai"].api_key) == ("bearer", None)

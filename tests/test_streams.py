@@ -617,7 +617,7 @@ async def refused(it: Lab, request: bytes, status: int, code: str, reason: str =
 
 @contextmanager
 def refusing_port() -> Iterator[int]:
-    """A port that is bound, so that nobody else gets it meanwhile, and does not listen: connects are refused."""
+    """Bound, so that nobody else gets it meanwhile, and not listening: connects are refused."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         yield sock.getsockname()[1]
