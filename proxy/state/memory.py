@@ -2,31 +2,12 @@
 
 `create` makes an anonymous file; every process that inherits its descriptor calls `attach` with an owner
 number of its own. One process alone is owner 0 of a file that nobody else has.
-
-Layout: a header, a row for each owner, then three tables of fixed cells. A table is cut into sets of 64; the
-keyed 128-bit hash of a name chooses the set, and the name lives in any cell of it, so a cell can be freed
-without repairing a chain. The hash is keyed at random: nobody can choose names that meet in one set.
-
-    bucket  the tat of proxy.bucket                       idle when the bucket is full
-    budget  the amount, the end of its period             idle when the period is over
-    slot    one word an owner: its epoch and its count    idle when no living owner holds any
-
-Locks are fcntl record locks on the first byte of a set: the kernel drops them with their holder, whatever
-ended it. Every verb locks its sets in ascending order, works for a few microseconds and unlocks, without a
-suspension point between. Such locks belong to the process and end when it closes *any* descriptor of the
-file: nobody opens a second one while the state is in use (a second `attach` in one process is for tests: it
-is safe as long as none is closed inside a verb, and no verb gives way). They do not keep threads apart
-either: the event loop is the only caller in a process. A stopped holder (SIGSTOP) stops the others at the
-same set until it continues or is killed.
+The layout of its tables, their locks and what a full one means: proxy.state.table.
 
 A process may be killed at any instruction, because every change is one aligned 8-byte store, or a sequence
 whose every prefix is a valid state: a cell gets its value before its key, and loses its key first. What can
 remain is one request's charge in some of its buckets. Slots stay with the epoch of their owner; raising the
 epoch (one store: `attach`, `forget`, or anybody who finds the owner silent for `lease_s`) frees them all.
-
-A full set reuses an idle cell, which says the same as no cell. If there is none, the name is not counted: it
-is answered as if never used, and `overflow` goes up. How rare that is was decided with the size: in a table
-half full, two sets in ten million would need more than 64 cells (Poisson, mean 32).
 
 Microseconds a call, with its await (minimum of 5 runs of 20,000; 2-core VM, Python 3.11, no contention):
 
@@ -39,63 +20,23 @@ Microseconds a call, with its await (minimum of 5 runs of 20,000; 2-core VM, Pyt
 
 from __future__ import annotations
 
-import fcntl
-import mmap
-import os
-import secrets
-import struct
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
-from hashlib import blake2b
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from proxy import bucket
+from proxy.state.table import ALIVE, EPOCH, OWNERS, ROW, SEEN, Counters, Place
+from proxy.state.table import create as create  # one way in: create, attach
 
 if TYPE_CHECKING:
     from proxy.bucket import Decision
     from proxy.state import Charge, Lease, Slot, Spend
 
-_MAGIC = 0x6865616472616365  # also the version of this layout
-_WAYS = 64
-_WORD = 8
-#: Header words: magic, bucket sets, budget sets, slot sets, owners, lease_ns, owners seen, hash secret (2).
-_HEADER = struct.Struct("=7q16s")
-_SEEN = 6
-#: The rows of owners begin here (words) and are one cache line wide: epoch, last sign of life, overflows.
-_OWNERS = 16
-_ROW = 8
-_EPOCH, _ALIVE, _OVERFLOW = 0, 1, 2
 #: A slot word is an epoch above a count.
 _COUNT_BITS = 32
 _COUNT = (1 << _COUNT_BITS) - 1
 _MOST = 2**62
-#: Names whose hash and cell a process remembers, per table.
-_REMEMBERED = 8192
-
-
-def create(
-    *, buckets: int = 65536, budgets: int = 8192, slots: int = 8192, owners: int = 64, lease_s: float = 5.0
-) -> int:
-    """A descriptor of new shared counters, with room for so many names of each kind (rounded up to 64s).
-
-    It is not inheritable: hand it on with pass_fds. Memory is used as cells are (6 MB if all were).
-    Errors: OSError if the system gives no memory.
-    """
-    sets = [-(-count // _WAYS) for count in (buckets, budgets, slots)]
-    fd = _anonymous_file()
-    cells = sum(count * _WAYS * (2 + width) for count, width in zip(sets, (1, 2, owners), strict=True))
-    words = _OWNERS + owners * _ROW + cells
-    header = _HEADER.pack(_MAGIC, *sets, owners, int(lease_s * 1e9), 0, secrets.token_bytes(16))
-    try:
-        os.ftruncate(fd, words * _WORD)
-        os.pwrite(fd, header, 0)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
 
 
 def attach(fd: int, owner: int) -> MemoryState:
@@ -107,82 +48,6 @@ def attach(fd: int, owner: int) -> MemoryState:
     return MemoryState(fd, owner)
 
 
-def _anonymous_file() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("counters")
-    with tempfile.TemporaryFile() as file:  # macOS: no memfd; an unlinked file does the same
-        return os.dup(file.fileno())
-
-
-class _Place:
-    """A name's hash, its set, and the cell where it was last seen (word indices)."""
-
-    __slots__ = ("cell", "high", "keys", "low", "needle", "value")
-
-    def __init__(self, low: int, high: int, keys: int, value: int) -> None:
-        self.low = low
-        self.high = high
-        self.needle = struct.pack("=qq", low, high)
-        self.keys = self.cell = keys
-        self.value = value
-
-
-class _Table:
-    """Cells of one kind. Whoever calls `find`, `room` or `publish` holds the lock of the set."""
-
-    def __init__(self, memory: mmap.mmap, words: memoryview, start: int, sets: int, width: int) -> None:
-        self._memory = memory
-        self._words = words
-        self._secret = memory[_HEADER.size - 16 : _HEADER.size]
-        self._start = start
-        self._sets = sets
-        self._width = width
-        self.end = start + sets * _WAYS * (2 + width)
-        self.place = lru_cache(maxsize=_REMEMBERED)(self._place)
-
-    def _place(self, name: str) -> _Place:
-        digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16, key=self._secret).digest()
-        low, high = struct.unpack("=qq", digest)
-        keys = self._start + high % self._sets * _WAYS * (2 + self._width)
-        return _Place(low | 1, high, keys, keys + 2 * _WAYS)  # a free cell has low = 0
-
-    def find(self, place: _Place) -> int:
-        """The word index of its value, or -1."""
-        words = self._words
-        if words[place.cell] == place.low and words[place.cell + 1] == place.high:
-            return place.value
-        begin = place.keys * _WORD
-        at = self._memory.find(place.needle, begin, begin + 2 * _WAYS * _WORD)
-        if at < 0 or at % (2 * _WORD) != begin % (2 * _WORD):
-            return -1
-        return self._remember(place, (at - begin) // (2 * _WORD))
-
-    def room(self, place: _Place, idle: Callable[[int], bool]) -> int:
-        """The value of a cell without a name, taken from an idle one if need be; -1 if there is none."""
-        words = self._words
-        for way in range(_WAYS):
-            if not words[place.keys + 2 * way]:
-                return self._remember(place, way)
-        for way in range(_WAYS):
-            if idle(self._value(place, way)):
-                words[place.keys + 2 * way] = 0
-                return self._remember(place, way)
-        return -1
-
-    def publish(self, place: _Place) -> None:
-        """Gives the cell of `room` its name, now that it has its value."""
-        self._words[place.cell + 1] = place.high
-        self._words[place.cell] = place.low
-
-    def _remember(self, place: _Place, way: int) -> int:
-        place.cell = place.keys + 2 * way
-        place.value = self._value(place, way)
-        return place.value
-
-    def _value(self, place: _Place, way: int) -> int:
-        return place.keys + 2 * _WAYS + way * self._width
-
-
 class Held(msgspec.Struct):
     """Slots of this store. `words` are the owner's own counts; those of names without a cell are missing."""
 
@@ -191,27 +56,8 @@ class Held(msgspec.Struct):
     epoch: int
 
 
-class MemoryState:
+class MemoryState(Counters):
     """proxy.state.State on shared memory. Use `attach`."""
-
-    def __init__(self, fd: int, owner: int) -> None:
-        if os.fstat(fd).st_size < _HEADER.size:
-            raise ValueError("not a file of shared counters")
-        self._fd = fd
-        self._memory = mmap.mmap(fd, 0)
-        self._words = memoryview(self._memory).cast("q")
-        magic, buckets, budgets, slots, owners, lease_ns, *_ = _HEADER.unpack_from(self._memory)
-        if magic != _MAGIC or not 0 <= owner < owners:
-            self._unmap()
-            raise ValueError(f"no shared counters for owner {owner}" if magic == _MAGIC else "other counters")
-        self._lease_ns = lease_ns
-        self._row = _OWNERS + owner * _ROW
-        self._owner = owner
-        tables = _OWNERS + owners * _ROW
-        self._buckets = _Table(self._memory, self._words, tables, buckets, 1)
-        self._budgets = _Table(self._memory, self._words, self._buckets.end, budgets, 2)
-        self._slots = _Table(self._memory, self._words, self._budgets.end, slots, owners)
-        self._come(owner)
 
     # ── buckets ──────────────────────────────────────────────────────────────────────────────────
 
@@ -219,7 +65,7 @@ class MemoryState:
         places = [self._buckets.place(charge.bucket_id) for charge in charges]
         try:
             self._lock(places)
-            tats: dict[_Place, int] = {}
+            tats: dict[Place, int] = {}
             decisions = []
             for place, charge in zip(places, charges, strict=True):
                 before = tats[place] if place in tats else self._tat(place)
@@ -259,11 +105,11 @@ class MemoryState:
             for tat, charge in zip(tats, charges, strict=True)
         ]
 
-    def _tat(self, place: _Place) -> int:
+    def _tat(self, place: Place) -> int:
         value = self._buckets.find(place)
         return self._words[value] if value >= 0 else 0
 
-    def _write_tats(self, tats: dict[_Place, int], now: float) -> None:
+    def _write_tats(self, tats: dict[Place, int], now: float) -> None:
         """Buckets that have a cell go first: as long as they are idle, a new one could take it from them."""
         missing = []
         for place, tat in tats.items():
@@ -280,7 +126,7 @@ class MemoryState:
             self._words[value] = tats[place]
             self._buckets.publish(place)
 
-    def _lower_tats(self, tats: dict[_Place, int]) -> None:
+    def _lower_tats(self, tats: dict[Place, int]) -> None:
         """After a refusal nothing is taken, but a clock that jumped back may have lowered a tat."""
         for place, tat in tats.items():
             value = self._buckets.find(place)
@@ -291,7 +137,7 @@ class MemoryState:
 
     async def acquire(self, slots: Sequence[Slot], now: float) -> Held | None:
         now_ns = int(now * 1e9)
-        if now_ns - self._words[self._row + _ALIVE] > self._lease_ns // 4:
+        if now_ns - self._words[self._row + ALIVE] > self._lease_ns // 4:
             self._sign(now_ns)
         held = self._acquire(slots)
         if held is None and self._reap(now_ns):
@@ -302,7 +148,7 @@ class MemoryState:
         """Needs no lock: nobody else writes the words of this owner."""
         assert isinstance(lease, Held)
         words, lease.words = lease.words, []
-        if lease.epoch == self._words[self._row + _EPOCH]:
+        if lease.epoch == self._words[self._row + EPOCH]:
             for word in words:
                 self._words[word] -= 1
 
@@ -320,19 +166,11 @@ class MemoryState:
         self._sign(now_ns)
         self._reap(now_ns)
 
-    def forget(self, owner: int) -> None:
-        """Frees all slots of an owner that is known to be dead, before its lease says so."""
-        try:
-            self._lock_owners()
-            self._words[_OWNERS + owner * _ROW + _EPOCH] += 1
-        finally:
-            self._unlock()
-
     def _acquire(self, slots: Sequence[Slot]) -> Held | None:
         places = [self._slots.place(slot.name) for slot in slots]
         try:
             self._lock(places)
-            wanted: dict[_Place, int] = {}
+            wanted: dict[Place, int] = {}
             for place, slot in zip(places, slots, strict=True):
                 wanted[place] = wanted.get(place, 0) + 1
                 if self._taken(place) + wanted[place] > slot.limit:
@@ -341,9 +179,9 @@ class MemoryState:
         finally:
             self._unlock()
 
-    def _enter(self, names: tuple[str, ...], wanted: dict[_Place, int]) -> Held:
+    def _enter(self, names: tuple[str, ...], wanted: dict[Place, int]) -> Held:
         """As in `_write_tats`, names that have a cell go first."""
-        words, epoch = self._words, self._words[self._row + _EPOCH]
+        words, epoch = self._words, self._words[self._row + EPOCH]
         held = Held(names, [], epoch)
         missing = []
         for place, places in wanted.items():
@@ -366,18 +204,18 @@ class MemoryState:
             held.words += [mine] * wanted[place]
         return held
 
-    def _taken(self, place: _Place) -> int:
+    def _taken(self, place: Place) -> int:
         value = self._slots.find(place)
         return self._count(value) if value >= 0 else 0
 
     def _count(self, value: int) -> int:
         """The places of a cell that living owners hold; a word of an earlier epoch is nobody's."""
-        words, row, count = self._words, _OWNERS + _EPOCH, 0
-        for at in range(value, value + words[_SEEN]):
+        words, row, count = self._words, OWNERS + EPOCH, 0
+        for at in range(value, value + words[SEEN]):
             word = words[at]
             if word and word >> _COUNT_BITS == words[row]:
                 count += word & _COUNT
-            row += _ROW
+            row += ROW
         return count
 
     # ── budgets ──────────────────────────────────────────────────────────────────────────────────
@@ -387,7 +225,7 @@ class MemoryState:
         places = [self._budgets.place(spend.name) for spend in spends]
         try:
             self._lock(places)
-            totals: dict[_Place, tuple[int, int]] = {}
+            totals: dict[Place, tuple[int, int]] = {}
             within = []
             for place, spend in zip(places, spends, strict=True):
                 spent, ends_ns = totals.get(place) or self._period(place, spend.resets_at, now_ns)
@@ -420,7 +258,7 @@ class MemoryState:
         finally:
             self._unlock()
 
-    def _period(self, place: _Place, resets_at: float, now_ns: int) -> tuple[int, int]:
+    def _period(self, place: Place, resets_at: float, now_ns: int) -> tuple[int, int]:
         """What is spent, and when that period ends: the later one of the cell's and the caller's."""
         ends_ns = int(resets_at * 1e9)
         value = self._budgets.find(place)
@@ -428,7 +266,7 @@ class MemoryState:
             return 0, ends_ns
         return self._words[value], self._words[value + 1]
 
-    def _write_totals(self, totals: dict[_Place, tuple[int, int]], now_ns: int) -> None:
+    def _write_totals(self, totals: dict[Place, tuple[int, int]], now_ns: int) -> None:
         """As in `_write_tats`, names that have a cell go first. A new period begins with 0, then its end."""
         words = self._words
         missing = []
@@ -449,66 +287,6 @@ class MemoryState:
             words[value], words[value + 1] = min(totals[place][0], _MOST), totals[place][1]
             self._budgets.publish(place)
 
-    # ── owners, locks ────────────────────────────────────────────────────────────────────────────
-
     async def close(self) -> None:
         self.forget(self._owner)
         self._unmap()
-
-    @property
-    def overflow(self) -> int:
-        """Names that were answered without being counted, since `create`, by all owners."""
-        rows = range(_OWNERS, _OWNERS + self._words[_SEEN] * _ROW, _ROW)
-        return sum(self._words[row + _OVERFLOW] for row in rows)
-
-    def _overflowed(self) -> None:
-        self._words[self._row + _OVERFLOW] += 1
-
-    def _come(self, owner: int) -> None:
-        self.forget(owner)
-        try:
-            self._lock_owners()
-            self._words[_SEEN] = max(self._words[_SEEN], owner + 1)
-        finally:
-            self._unlock()
-
-    def _sign(self, now_ns: int) -> None:
-        """Under the lock, so that nobody who read an older sign still counts this owner as gone."""
-        try:
-            self._lock_owners()
-            self._words[self._row + _ALIVE] = now_ns
-        finally:
-            self._unlock()
-
-    def _reap(self, now_ns: int) -> bool:
-        """Frees the slots of owners that were silent for too long; says whether there were any."""
-        last = now_ns - self._lease_ns
-        rows = range(_OWNERS, _OWNERS + self._words[_SEEN] * _ROW, _ROW)
-        silent = [row for row in rows if self._words[row + _ALIVE] < last]
-        if not silent:
-            return False
-        try:
-            self._lock_owners()
-            for row in silent:
-                if self._words[row + _ALIVE] < last:
-                    self._words[row + _EPOCH] += 1
-                    self._words[row + _ALIVE] = now_ns  # looked at again in a lease, no sooner
-        finally:
-            self._unlock()
-        return True
-
-    def _lock(self, places: Iterable[_Place]) -> None:
-        """Always in ascending order, so that no two processes wait for each other."""
-        for keys in sorted({place.keys for place in places}):
-            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, keys * _WORD)
-
-    def _lock_owners(self) -> None:
-        """The first byte of the file; taken alone."""
-        fcntl.lockf(self._fd, fcntl.LOCK_EX, 1)
-
-    def _unlock(self) -> None:
-        fcntl.lockf(self._fd, fcntl.LOCK_UN)
-
-    def _unmap(self) -> None:
-        self._words.release()
-        self._memory.close()
