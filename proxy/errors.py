@@ -4,6 +4,7 @@
     ├── BadRequest            400  the caller's request cannot be understood
     ├── InvalidCredential     401  unknown, malformed, expired or revoked: one body for all
     ├── NotFound              404  no such path or model
+    ├── LimitExceeded         429  the caller's plan is used up: requests, tokens, slots
     ├── Refused               4xx  any other refusal before an attempt (408, 413, 415, …)
     ├── Overloaded            503  ours: full, draining
     ├── Internal              500  ours: a bug
@@ -22,8 +23,10 @@ of a pipe turn these into bytes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 
@@ -70,7 +73,7 @@ class HeadraceError(Exception):
     code: str = "internal_error"
     message: str = "Headrace failed to handle this request."
     reason: Reason = Reason.REJECTED
-    headers: ClassVar[dict[str, str]] = {}
+    headers: Mapping[str, str] = {}
 
     def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
         super().__init__(message or self.message)
@@ -132,7 +135,7 @@ class InvalidCredential(HeadraceError):
     status = 401
     code = "invalid_api_key"
     message = "The API key is missing or not valid."
-    headers: ClassVar[dict[str, str]] = {"WWW-Authenticate": "Bearer"}
+    headers = {"WWW-Authenticate": "Bearer"}
 
 
 class NotFound(HeadraceError):
@@ -177,11 +180,40 @@ class Refused(HeadraceError):
         super().__init__(message)
 
 
+class LimitExceeded(HeadraceError):
+    """The caller has used what its plan gives; `retry_after_s` seconds from now the same would pass."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    message = "Too many requests: the rate limit is reached."
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__()
+        self.headers = retry_after(retry_after_s)
+
+
+class TokensLimited(LimitExceeded):
+    code = "tokens_limit_exceeded"
+    message = "Too many tokens: the limit of tokens a minute is reached."
+
+
+class TooManyInFlight(LimitExceeded):
+    code = "too_many_in_flight"
+    message = "Too many requests at once: wait for one of them to end."
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """Whole seconds, rounded up, for everybody; milliseconds for the SDKs that read them first. Never 0:
+    openai-python takes 0 for no answer."""
+    milliseconds = max(1, math.ceil(seconds * 1000))
+    return {"Retry-After": str(-(-milliseconds // 1000)), "retry-after-ms": str(milliseconds)}
+
+
 class Overloaded(HeadraceError):
     status = 503
     code = "overloaded"
     message = "The server is at its limit, retry shortly."
-    headers: ClassVar[dict[str, str]] = {"Retry-After": "1"}
+    headers = {"Retry-After": "1"}
 
 
 class Draining(Overloaded):
@@ -193,7 +225,7 @@ class Draining(Overloaded):
 class Killed(Overloaded):
     message = "The request was stopped by the operator."
     reason = Reason.KILLED
-    headers: ClassVar[dict[str, str]] = {"x-should-retry": "false"}
+    headers = {"x-should-retry": "false"}
 
 
 class Internal(HeadraceError):
