@@ -34,7 +34,7 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
 
 
 async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.StreamResponse:
-    """Body, model, route, forward."""
+    """The body, within its limits, then `forward_body`."""
     core = request.app[CORE]
     settings = core.config
     if not _is_json(request.headers.get("Content-Type", "application/json")):
@@ -43,23 +43,31 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
     try:
         body = await held.read(request, settings.timeouts.body)
         ctx.bytes_in = len(body)
-        ctx.phase = Phase.QUEUE
-        asked = _read_fields(endpoint, body)
-        name = _model_name(core, endpoint, asked)
-        ctx.model = None if name is None else "other"  # until it is known to be configured: a closed set
-        ctx.model, targets = core.route(name)
-        job = Job(
-            request.method,
-            endpoints.upstream_path(request.raw_path),
-            headers.to_upstream(request.raw_headers) + b"x-request-id: %b\r\n" % ctx.request_id.encode(),
-            [body if name in (None, asked.model) else with_model(body, name) for _, name in targets],
-            wants_stream=bool(asked.stream),
-        )
-        ctx.queue_s = 0.0
-        forwarding = Forwarding(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
-        return await forwarding.run(job, [upstream for upstream, _ in targets])
+        return await forward_body(request, ctx, endpoint, body, _read_fields(endpoint, body))
     finally:
         held.release()
+
+
+async def forward_body(
+    request: web.Request, ctx: Context, endpoint: Endpoint, body: bytes, asked: Peek
+) -> web.StreamResponse:
+    """Model, route, forward: of a body that was read from the caller or made here."""
+    core = request.app[CORE]
+    settings = core.config
+    ctx.phase = Phase.QUEUE
+    name = _model_name(core, endpoint, asked)
+    ctx.model = None if name is None else "other"  # until it is known to be configured: a closed set
+    ctx.model, targets = core.route(name)
+    job = Job(
+        request.method,
+        endpoints.upstream_path(request.raw_path),
+        headers.to_upstream(request.raw_headers) + b"x-request-id: %b\r\n" % ctx.request_id.encode(),
+        [body if name in (None, asked.model) else with_model(body, name) for _, name in targets],
+        wants_stream=bool(asked.stream),
+    )
+    ctx.queue_s = 0.0
+    forwarding = Forwarding(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
+    return await forwarding.run(job, [upstream for upstream, _ in targets])
 
 
 def _is_json(content_type: str) -> bool:
