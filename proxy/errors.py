@@ -135,7 +135,7 @@ class InvalidCredential(HeadraceError):
     status = 401
     code = "invalid_api_key"
     message = "The API key is missing or not valid."
-    headers = {"WWW-Authenticate": "Bearer"}
+    headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
 
 
 class NotFound(HeadraceError):
@@ -213,7 +213,7 @@ class Overloaded(HeadraceError):
     status = 503
     code = "overloaded"
     message = "The server is at its limit, retry shortly."
-    headers = {"Retry-After": "1"}
+    headers: Mapping[str, str] = {"Retry-After": "1"}
 
 
 class Draining(Overloaded):
@@ -225,7 +225,7 @@ class Draining(Overloaded):
 class Killed(Overloaded):
     message = "The request was stopped by the operator."
     reason = Reason.KILLED
-    headers = {"x-should-retry": "false"}
+    headers: Mapping[str, str] = {"x-should-retry": "false"}
 
 
 class Internal(HeadraceError):
