@@ -6,7 +6,7 @@
     ├── NotFound              404  no such path or model
     ├── LimitExceeded         429  the caller's plan is used up: requests, tokens, slots
     ├── Refused               4xx  any other refusal before an attempt (408, 413, 415, …)
-    ├── Overloaded            503  ours: full, draining
+    ├── Overloaded            503  ours: full, waited too long, draining
     ├── Internal              500  ours: a bug
     └── UpstreamFailed        502/504  an attempt was made and failed
         ├── UpstreamUnreachable     502  connect, TLS, DNS, or closed before its answer
@@ -214,6 +214,22 @@ class Overloaded(HeadraceError):
     code = "overloaded"
     message = "The server is at its limit, retry shortly."
     headers: Mapping[str, str] = {"Retry-After": "1"}
+
+
+class QueueFull(Overloaded):
+    """As many wait as may. `retry_after_s`: whole seconds, from how fast the queue drains."""
+
+    def __init__(self, retry_after_s: int = 1) -> None:
+        super().__init__()
+        self.retry_after_s = retry_after_s
+        self.headers = {"Retry-After": str(retry_after_s)}
+
+
+class QueueTimeout(QueueFull):
+    """Waited for as long as one may."""
+
+    code = "queue_timeout"
+    message = "No place became free in time, retry shortly."
 
 
 class Draining(Overloaded):
