@@ -3,6 +3,10 @@
     HeadraceError
     ├── BadRequest            400  the caller's request cannot be understood
     ├── InvalidCredential     401  unknown, malformed, expired or revoked: one body for all
+    │   ├── ExpiredToken            401  a JWT that was valid
+    │   └── InvalidToken            401  any other JWT
+    ├── ModelNotAllowed       403  the model is not in the caller's allow-list
+    ├── IpNotAllowed          403  the address is not in the caller's networks
     ├── NotFound              404  no such path or model
     ├── LimitExceeded         429  the caller's plan is used up: requests, tokens, slots
     ├── Refused               4xx  any other refusal before an attempt (408, 413, 415, …)
@@ -136,6 +140,31 @@ class InvalidCredential(HeadraceError):
     code = "invalid_api_key"
     message = "The API key is missing or not valid."
     headers: Mapping[str, str] = {"WWW-Authenticate": "Bearer"}
+
+
+class ExpiredToken(InvalidCredential):
+    code = "expired_token"
+    message = "The token has expired."
+
+
+class InvalidToken(InvalidCredential):
+    code = "invalid_token"
+    message = "The token is not valid."
+
+
+class ModelNotAllowed(HeadraceError):
+    status = 403
+    code = "model_not_allowed"
+    message = "This credential may not use the model."
+
+    def __init__(self) -> None:
+        super().__init__(param="model")
+
+
+class IpNotAllowed(HeadraceError):
+    status = 403
+    code = "ip_not_allowed"
+    message = "This credential may not be used from this address."
 
 
 class NotFound(HeadraceError):
