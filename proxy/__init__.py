@@ -22,7 +22,7 @@ resources
     control     the channel between processes
     wire        one exchange on a pooled connection, below ClientSession
     upstream    an upstream: address, credential, pool
-    state/ table, memory
+    state/ errors, table, memory, lua, link, redis
 data path
     context     what one request knows about itself
     core        what all requests of a process share

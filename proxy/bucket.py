@@ -53,7 +53,7 @@ def take(tat_ns: int, rate_per_minute: float, burst: int, amount: int, now: floa
     any clock that all callers share.
     A refusal returns the tat unchanged, or lowered to the debt limit after a clock jumped back.
     """
-    interval, capacity, now_ns = _terms(rate_per_minute, burst, now)
+    interval, capacity, now_ns = terms(rate_per_minute, burst, now)
     deficit = min(max(tat_ns - now_ns, 0), 2 * capacity)
     cost = amount * interval
     after = deficit + cost
@@ -71,7 +71,7 @@ def settle(tat_ns: int, rate_per_minute: float, burst: int, delta: int, now: flo
 
     Taking more always succeeds, down to a debt of one burst; what is beyond that is forgotten.
     """
-    interval, capacity, now_ns = _terms(rate_per_minute, burst, now)
+    interval, capacity, now_ns = terms(rate_per_minute, burst, now)
     if delta <= 0:
         return max(tat_ns + delta * interval, min(tat_ns, now_ns))
     return min(max(tat_ns, now_ns) + delta * interval, max(tat_ns, now_ns + 2 * capacity))
@@ -82,7 +82,10 @@ def is_full(tat_ns: int, now: float) -> bool:
     return tat_ns <= int(now * 1e9)
 
 
-def _terms(rate_per_minute: float, burst: int, now: float) -> tuple[int, int, int]:
-    """The interval of one unit, the time from empty to full, and now: all in nanoseconds."""
+def terms(rate_per_minute: float, burst: int, now: float) -> tuple[int, int, int]:
+    """The interval of one unit, the time from empty to full, and now: all in nanoseconds.
+
+    For a store that does the sums itself (proxy.state.redis).
+    """
     interval = math.ceil(_MINUTE_NS / rate_per_minute)
     return interval, min(burst * interval, _LONGEST_NS), int(now * 1e9)

@@ -24,10 +24,7 @@ from typing import Protocol
 import msgspec
 
 from proxy.bucket import Decision
-
-
-class StoreUnavailable(Exception):
-    """The store gave no answer in time: `limits.on_store_failure` decides."""
+from proxy.state.errors import StoreUnavailable as StoreUnavailable
 
 
 class Charge(msgspec.Struct, frozen=True, gc=False):

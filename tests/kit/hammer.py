@@ -1,7 +1,7 @@
 """`python -m tests.kit.hammer ADDRESS OWNER JOB SECONDS`: one process that hammers a store, and tells.
 
 It says `ready`, waits for a line, works until the time is up, says what it was granted as one line of JSON.
-`ADDRESS` is what the store's fixture gives out (`memory:FD`, the descriptor being inherited).
+`ADDRESS` is what the store's fixture gives out (`memory:FD`, the descriptor being inherited; `redis:URL`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from proxy.state import Charge, Lease, Slot, Spend, State
 from proxy.state.memory import attach
+from proxy.state.redis import RedisState
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What all children fight for. Two buckets: all or none means that the wide one is charged like the narrow.
@@ -29,11 +30,16 @@ NARROW = Charge("narrow", 30_000, 200)
 SLOTS = (Slot("few", 2), Slot("more", 3))
 BUDGETS = {"day": 2_000_003, "month": 1_500_007}
 PERIOD_END = 4e9
+#: Amounts of `budgets`: a tenth of a second uses one up, whichever store it is.
+LARGEST = 5000
 
 
 def open_state(address: str, owner: int) -> State:
-    """The store behind an address, as this owner."""
+    """The store behind an address, as this owner. In Redis everybody is an owner of its own, and time is the
+    caller's here too: the suite moves it by hand. Its budget is no matter of these tests."""
     kind, _, rest = address.partition(":")
+    if kind == "redis":
+        return RedisState(rest, budget_s=5.0, callers_clock=True)
     assert kind == "memory"
     return attach(int(rest), owner)
 
@@ -88,7 +94,7 @@ async def budgets(state: State, until: float, _: int) -> int:
     """The sum of what was granted, of both budgets alike."""
     granted = 0
     while (now := time.monotonic()) < until:
-        amount = random.randint(1, 300)
+        amount = random.randint(1, LARGEST)
         spends = [Spend(name, amount, limit, PERIOD_END) for name, limit in BUDGETS.items()]
         if all(await state.spend(spends, now)):
             granted += amount
