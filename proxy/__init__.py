@@ -28,6 +28,7 @@ data path
     core        what all requests of a process share
     intake      the body: whole, bounded, timed
     pipe        bytes from upstream to caller
+    reshape     answers that are changed on their way
     forward     the attempts of one request
 web
     middleware/ request_id, observe, errors, guard, auth

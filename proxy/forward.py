@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -27,10 +27,12 @@ from proxy.errors import (
     UpstreamCut,
     UpstreamDeadline,
     UpstreamFailed,
+    UpstreamInvalid,
     UpstreamStale,
     UpstreamTimeout,
 )
 from proxy.pipe import HEARTBEAT, TIMER_SLACK_S, Clocks, Pipe, break_off
+from proxy.reshape import WHOLE_LIMIT, ReshapedPipe
 from proxy.sse import Scanner
 from proxy.upstream import translate
 from proxy.wire import HELD_LIMIT, End
@@ -38,6 +40,7 @@ from proxy.wire import HELD_LIMIT, End
 if TYPE_CHECKING:
     from proxy import schema
     from proxy.metrics import Metrics
+    from proxy.reshape import Reshape
     from proxy.upstream import Exchange, Upstream
 
 _STREAM_HEADERS = {
@@ -49,19 +52,35 @@ _STREAM_HEADERS = {
 _CANCELLED = "cancelled"
 
 
+#: Is there a slot for this upstream, at once?
+MayAsk = Callable[["Upstream"], Awaitable[bool]]
+
+
+async def _anybody(_: Upstream) -> bool:
+    return True
+
+
 class Job:
     """What is to be asked: the same for every attempt, but for the model's name."""
 
-    __slots__ = ("bodies", "fields", "method", "path", "wants_stream")
+    __slots__ = ("bodies", "fields", "method", "path", "reshape", "wants_stream")
 
     def __init__(
-        self, method: str, path: str, fields: bytes, bodies: Sequence[bytes], *, wants_stream: bool
+        self,
+        method: str,
+        path: str,
+        fields: bytes,
+        bodies: Sequence[bytes],
+        *,
+        wants_stream: bool,
+        reshape: Reshape | None = None,
     ) -> None:
         self.method = method
         self.path = path
         self.fields = fields
         self.bodies = bodies  # one per target
         self.wants_stream = wants_stream
+        self.reshape = reshape  # None: the answer is passed on as it is
 
 
 class Forwarding:
@@ -77,6 +96,8 @@ class Forwarding:
         self._metrics = metrics
         self._response: web.StreamResponse | None = None
         self._pipe_now: Pipe | None = None
+        self._reshape: Reshape | None = None
+        self.may_ask: MayAsk = _anybody
         self._began_at = 0.0
         self._queued_until = 0.0
         self._total_at = 0.0
@@ -84,6 +105,7 @@ class Forwarding:
     async def run(self, job: Job, targets: Sequence[Upstream]) -> web.StreamResponse:
         """Returns when the last byte has gone to the caller; raises HeadraceError if nothing has."""
         ctx = self._ctx
+        self._reshape = job.reshape
         self._queued_until = self._began_at = monotonic()
         self._total_at = self._began_at + targets[0].timeouts.total
         for upstream in targets:
@@ -107,6 +129,8 @@ class Forwarding:
         """One upstream after the other while nothing was sent to any of them."""
         last: UpstreamFailed = UpstreamConnectFailed()
         for upstream, body in zip(targets, job.bodies, strict=True):
+            if not await self.may_ask(upstream):
+                continue
             try:
                 return await self._fresh_if_stale(job, upstream, body)
             except UpstreamConnectFailed as error:
@@ -218,6 +242,8 @@ class Forwarding:
 
     async def _answer(self, exchange: Exchange, upstream: Upstream) -> web.StreamResponse:
         answers.refuse_unusable(exchange.status)
+        if self._reshape is not None:
+            self._reshape.check(exchange.status, exchange.fields)
         if answers.is_event_stream(exchange.status, exchange.fields):
             return await self._stream(exchange, upstream)
         if self._response is not None:
@@ -249,11 +275,16 @@ class Forwarding:
         ctx.phase = Phase.ANSWER
         await self._hold_small(exchange, upstream)
         body, end = exchange.taken()
+        rewrite = None if self._reshape is None else self._reshape.rewrite
+        if rewrite is not None and end is None:
+            body, end = await self._hold_whole(exchange, upstream, body)
         fields = CIMultiDict(headers.to_caller(exchange.fields, keep_ratelimit=True))
         if end is not None:
             if end is End.CUT:
                 raise UpstreamCut
             body = answers.checked_body(exchange.status, body)
+            if rewrite is not None:
+                body = rewrite(exchange.status, body)
             response = web.Response(status=exchange.status, reason=exchange.reason, body=body, headers=fields)
             self._describe(response.headers, upstream)
             ctx.committed = True
@@ -277,6 +308,20 @@ class Forwarding:
             if now >= exchange.last_at + idle_s:
                 raise UpstreamTimeout
 
+    async def _hold_whole(
+        self, exchange: Exchange, upstream: Upstream, first: bytes
+    ) -> tuple[bytes, End | None]:
+        """For an answer that is rewritten, of whatever size."""
+        body, end = bytearray(first), None
+        while end is None:
+            if len(body) > WHOLE_LIMIT:
+                raise UpstreamInvalid
+            exchange.resume()  # what it held was more than it keeps by itself
+            await self._hold_small(exchange, upstream)
+            piece, end = exchange.taken()
+            body += piece
+        return bytes(body), end
+
     async def _pipe(
         self, exchange: Exchange, upstream: Upstream, scanner: Scanner | None, first: bytes = b""
     ) -> web.StreamResponse:
@@ -285,7 +330,9 @@ class Forwarding:
         writer = await response.prepare(self._request)
         assert writer is not None
         clocks = Clocks(upstream.timeouts.idle, self._total_at, self._streams.heartbeat, self._write_s)
-        self._pipe_now = pipe = Pipe(ctx, self._request, response, writer, scanner, clocks)
+        parts = (ctx, self._request, response, writer, scanner, clocks)
+        transform = None if self._reshape is None or scanner is None else self._reshape.transform
+        self._pipe_now = pipe = Pipe(*parts) if transform is None else ReshapedPipe(transform, *parts)
         ctx.committed = True
         try:
             if first:
@@ -307,17 +354,19 @@ class Forwarding:
         if ctx.reason is Reason.COMPLETE or (ctx.reason is Reason.UPSTREAM_ERROR and pipe.ended_well):
             if ctx.reason is Reason.COMPLETE and status >= 500:
                 ctx.reason = Reason.UPSTREAM_ERROR
-            return await self._finish()
+            rest = pipe.rest()
+            ctx.bytes_out += len(rest)
+            return await self._finish(rest)
         if ctx.reason in (Reason.CLIENT_GONE, Reason.UPSTREAM_ERROR):
             return await self._abort()  # nobody is there, or the upstream has said itself what happened
         return await self._break_off(_after_commit(ctx.reason))
 
-    async def _finish(self) -> web.StreamResponse:
+    async def _finish(self, rest: bytes) -> web.StreamResponse:
         """The end of the body; a caller that does not take it any more has left."""
         assert self._response is not None
         try:
             async with asyncio.timeout(self._write_s):
-                await self._response.write_eof()
+                await self._response.write_eof(rest)
         except TimeoutError:
             self._ctx.reason = Reason.CLIENT_GONE
             return await self._abort()

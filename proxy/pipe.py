@@ -269,6 +269,11 @@ class Pipe:
         """The moment from which the upstream is silent."""
         return max(self._times[-1], self._resumed_at) if self._times else self._resumed_at
 
+    @property
+    def spoke_at(self) -> float:
+        """The moment from which the caller has heard nothing but heartbeats."""
+        return self.last_at
+
     def next_at(self) -> float:
         """The moment at which something may be due."""
         clocks = self._clocks
@@ -279,7 +284,7 @@ class Pipe:
             return min(moment, self._grace)
         if clocks.heartbeat_s and self._scanner is not None:
             # A beat that could not be sent (mid-event) must not make the timer fire again at once.
-            moment = min(moment, max(self.last_at, self._beats_at) + clocks.heartbeat_s)
+            moment = min(moment, max(self.spoke_at, self._beats_at) + clocks.heartbeat_s)
         return moment
 
     def _due(self) -> bool:
@@ -298,15 +303,14 @@ class Pipe:
             self._finish(Ending.STALL)
         elif self._beat_is_due(now):
             self._beats_at = now
-            assert self._scanner is not None
-            return self._scanner.at_boundary()
+            return self.takes_event()
         return False
 
     def _beat_is_due(self, now: float) -> bool:
         every_s = self._clocks.heartbeat_s
         if not every_s or self._scanner is None or self._grace is not None:
             return False
-        return now >= max(self.last_at, self._beats_at) + every_s
+        return now >= max(self.spoke_at, self._beats_at) + every_s
 
     def _arm(self) -> None:
         if self._exchange is None or not self._exchange.pushes:
@@ -355,8 +359,12 @@ class Pipe:
         """Did the upstream itself end its answer in good order?"""
         return self._ending in (Ending.FRAMED, Ending.GRACE)
 
+    def rest(self) -> bytes:
+        """What is still to be sent after the last byte of an answer that ended well."""
+        return b""
+
     def takes_event(self) -> bool:
-        """May an event of ours still be added?"""
+        """May a comment or an event of ours be added?"""
         return self._scanner is not None and self._scanner.at_boundary()
 
 
