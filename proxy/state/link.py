@@ -2,17 +2,19 @@
 
 - Work runs in a task of its own: a caller that is cancelled cuts off no command. It ends within the budget,
   which covers all of it: waiting for a connection, connecting, logging in, the answer.
-- A connection is out of the pool while it is in use, and comes back only after a whole answer. Any other end
-  closes it, so no answer is ever read by the next command (redis-py issues 2624 and 2665, where a cancelled
-  command shifted all later answers). redis-py's own pools return a connection in a `finally` that awaits a
-  lock: a timeout at that point loses a place of the pool for ever.
+- A connection is out of the pool while it is in use, and comes back only after a whole answer that makes
+  sense. Any other end closes it, so no answer is ever read by the next command (redis-py issues 2624 and
+  2665, where a cancelled command shifted all later answers). redis-py's own pools give a connection back in
+  a `finally` that awaits a lock: a timeout at that point loses a place of the pool for ever.
+- In the budget of 50 ms a connection can be made where a round trip takes up to 15: connecting is one, a
+  password one, TLS two, the command one. Whatever is farther away is too far to be asked for each request.
 - Nothing is sent twice: a `take` that was perhaps done must not be done again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -39,9 +41,13 @@ class Link:
     def __init__(self, url: str, budget_s: float, connections: int) -> None:
         self._budget_s = budget_s
         self._places = asyncio.Semaphore(connections)
-        # RESP2: it needs no greeting, so a first answer costs fewer round trips. The budget is the timeout.
         self._maker = ConnectionPool.from_url(
-            url, protocol=2, socket_timeout=None, socket_connect_timeout=None, socket_keepalive=True
+            url,
+            protocol=2,  # RESP2 needs no greeting, which would be a round trip; so would be the driver's name
+            driver_info=None,
+            socket_timeout=None,  # the budget is the timeout
+            socket_connect_timeout=None,
+            socket_keepalive=True,
         )
         self._idle: list[AbstractConnection] = []
         self._running: set[asyncio.Task[Any]] = set()
@@ -60,21 +66,27 @@ class Link:
             raise outcome
         return outcome
 
-    async def run(self, script: Script, keys: Sequence[str], args: Sequence[int | str]) -> Any:
-        """The script's answer. Only inside `start` or `call`. Errors: whatever redis-py raises."""
+    async def run(
+        self, script: Script, keys: Sequence[str], args: Sequence[int | str], read: Callable[[Any], T]
+    ) -> T:
+        """The script's answer, as `command`."""
+        words = (len(keys), *keys, *args)
         try:
-            return await self.command("EVALSHA", script.sha, len(keys), *keys, *args)
+            return await self.command(("EVALSHA", script.sha, *words), read)
         except NoScriptError:  # a new server, or SCRIPT FLUSH: EVAL keeps the script for the next call
-            return await self.command("EVAL", script.text, len(keys), *keys, *args)
+            return await self.command(("EVAL", script.text, *words), read)
 
-    async def command(self, *words: int | str) -> Any:
-        """One command and its answer. Only inside `start` or `call`."""
+    async def command(self, words: Sequence[int | str], read: Callable[[Any], T]) -> T:
+        """What `read` makes of the answer; it raises ValueError if that is none to this command.
+
+        Only inside `start` or `call`. Errors: whatever redis-py and `read` raise.
+        """
         async with self._places:
             connection = self._idle.pop() if self._idle else self._make()
             try:
                 await _freshen(connection)
                 await connection.send_command(*words)
-                answer = await connection.read_response()
+                answer = read(await connection.read_response())
             except ResponseError:  # Redis refused, in a whole answer
                 self._idle.append(connection)
                 raise

@@ -18,7 +18,8 @@ was silent for too long gets a new epoch with its next lease, so what it held be
 
 A script that Redis refuses for want of memory or because it is a replica was refused at its first write, and
 has changed nothing (scriptVerifyOOM and scriptVerifyWriteCommandAllow in script.c: later writes always pass).
-That is why a lease's field is removed before its places: HDEL is allowed when memory is full, HINCRBY is not.
+That is why a lease's field is removed before its places, and a TTL is set before a sign of life: HDEL and
+PEXPIRE are allowed when memory is full, HINCRBY and HSET are not.
 """
 
 from __future__ import annotations
@@ -170,8 +171,8 @@ local function own_epoch()
   return own[1]
 end
 local function sign(lease_us, ttl_ms)
-  redis.call('HSET', KEYS[1], 'until', string.format('%.0f', now_us + lease_us))
   redis.call('PEXPIRE', KEYS[1], ttl_ms)
+  redis.call('HSET', KEYS[1], 'until', string.format('%.0f', now_us + lease_us))
 end
 """
 

@@ -27,10 +27,10 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from redis.exceptions import ResponseError
@@ -43,6 +43,8 @@ from proxy.state.link import Link
 if TYPE_CHECKING:
     from proxy.bucket import Decision
     from proxy.state import Charge, Lease, Slot, Spend
+
+T = TypeVar("T")
 
 PREFIX = "headrace:"
 _GIGA = 1_000_000_000
@@ -113,14 +115,16 @@ class RedisState:
             args += (*_pair(charge.amount * interval), *_pair(capacity))
         if not charges:
             return []
-        _, *deficits = await self._ask(lua.TAKE, "bucket", [charge.bucket_id for charge in charges], args)
-        return _decisions(charges, deficits)
+        names = [charge.bucket_id for charge in charges]
+        answer = await self._ask(lua.TAKE, "bucket", names, args, _integers(1 + 2 * len(charges)))
+        return _decisions(charges, answer[1:])
 
     async def peek(self, charges: Sequence[Charge], now: float) -> list[Decision]:
         if not charges:
             return []
         names = [charge.bucket_id for charge in charges]
-        return _decisions(charges, await self._ask(lua.PEEK, "bucket", names, self._clock(now)))
+        deficits = await self._ask(lua.PEEK, "bucket", names, self._clock(now), _integers(2 * len(charges)))
+        return _decisions(charges, deficits)
 
     async def settle(self, charges: Sequence[Charge], now: float) -> None:
         args = [*self._clock(now), self._spare_ms]
@@ -128,7 +132,7 @@ class RedisState:
             interval, capacity, _ = bucket.terms(charge.rate_per_minute, charge.burst, 0.0)
             args += (*_pair(charge.amount * interval), *_pair(capacity))
         if charges:
-            await self._ask(lua.SETTLE, "bucket", [charge.bucket_id for charge in charges], args)
+            await self._ask(lua.SETTLE, "bucket", [charge.bucket_id for charge in charges], args, _nothing)
 
     # ── slots ────────────────────────────────────────────────────────────────────────────────────
 
@@ -159,8 +163,7 @@ class RedisState:
         if not names:
             return []
         args = [*self._clock(now), f"{PREFIX}owner:"]
-        places: list[int] = await self._ask(lua.PEEK_SLOTS, "slot", names, args)
-        return places
+        return await self._ask(lua.PEEK_SLOTS, "slot", names, args, _integers(len(names)))
 
     async def renew(self, now: float) -> None:
         await self._link.call(self._renew(now))
@@ -169,7 +172,7 @@ class RedisState:
         args = [*self._clock(now), self._lease_us, self._owner_ttl_ms, _SLOT_TTL_S * 1000]
         args += [held.owner, f"{PREFIX}owner:", held.number, *limits]
         try:
-            granted: int = await self._link.run(lua.ACQUIRE, self._keys_of([held]), args)
+            granted = await self._link.run(lua.ACQUIRE, self._keys_of([held]), args, _integer)
         except ResponseError:  # refused as a whole: nothing is held
             raise
         except BaseException:
@@ -190,7 +193,7 @@ class RedisState:
         for held in leases:
             args += (held.number, len(held.names))
         try:
-            await self._link.run(lua.RELEASE, self._keys_of(leases), args)
+            await self._link.run(lua.RELEASE, self._keys_of(leases), args, _nothing)
         except BaseException:
             self._doubt(leases)
             raise
@@ -205,7 +208,7 @@ class RedisState:
             names.update(*[held.names for held in self._held.values()])
         keys = [self._owner_key, *[self._key("slot", name) for name in names]]
         args = [*self._clock(now), self._lease_us, self._owner_ttl_ms, _SLOT_TTL_S * 1000]
-        await self._link.run(lua.RENEW, keys, args)
+        await self._link.run(lua.RENEW, keys, args, _nothing)
         if due:
             self._touched_s = touched_s
 
@@ -226,7 +229,8 @@ class RedisState:
             args += (_cut(spend.amount), _cut(spend.limit), _ends_us(spend))
         if not spends:
             return []
-        within = await self._ask(lua.SPEND, "budget", [spend.name for spend in spends], args)
+        names = [spend.name for spend in spends]
+        within = await self._ask(lua.SPEND, "budget", names, args, _integers(len(spends)))
         return [answer == 1 for answer in within]
 
     async def settle_spend(self, spends: Sequence[Spend], now: float) -> None:
@@ -234,13 +238,12 @@ class RedisState:
         for spend in spends:
             args += (_cut(spend.amount), _ends_us(spend))
         if spends:
-            await self._ask(lua.SETTLE_SPEND, "budget", [spend.name for spend in spends], args)
+            await self._ask(lua.SETTLE_SPEND, "budget", [spend.name for spend in spends], args, _nothing)
 
     async def peek_spend(self, names: Sequence[str], now: float) -> list[int]:
         if not names:
             return []
-        spent: list[int] = await self._ask(lua.PEEK_SPEND, "budget", names, self._clock(now))
-        return spent
+        return await self._ask(lua.PEEK_SPEND, "budget", names, self._clock(now), _integers(len(names)))
 
     # ── the store itself ─────────────────────────────────────────────────────────────────────────
 
@@ -249,18 +252,23 @@ class RedisState:
 
         Errors: StoreUnavailable.
         """
-        key = f"{PREFIX}probe"
-        await self._link.call(self._link.command("SET", key, "1", "PX", _SPARE_MS))
+        await self._link.call(self._link.command(("SET", f"{PREFIX}probe", 1, "PX", _SPARE_MS), _ok))
 
     async def close(self) -> None:
         """Frees all slots of this owner; if Redis is gone, the end of its lease will."""
-        await self._link.start(self._link.command("DEL", self._owner_key))
+        await self._link.start(self._link.command(("DEL", self._owner_key), _integer))
         await self._link.close()
 
     async def _ask(
-        self, script: lua.Script, kind: str, names: Sequence[str], args: Sequence[int | str]
-    ) -> Any:
-        return await self._link.call(self._link.run(script, [self._key(kind, name) for name in names], args))
+        self,
+        script: lua.Script,
+        kind: str,
+        names: Sequence[str],
+        args: Sequence[int | str],
+        read: Callable[[Any], T],
+    ) -> T:
+        keys = [self._key(kind, name) for name in names]
+        return await self._link.call(self._link.run(script, keys, args, read))
 
     def _clock(self, now: float) -> list[int | str]:
         """What a script begins with."""
@@ -270,6 +278,31 @@ class RedisState:
 def _key(kind: str, name: str) -> str:
     digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return f"{PREFIX}{kind}:{digest}"
+
+
+def _integers(count: int) -> Callable[[Any], list[int]]:
+    def read(answer: Any) -> list[int]:
+        if type(answer) is list and len(answer) == count and {*map(type, answer)} == {int}:
+            return answer
+        raise ValueError("not the integers of a script")
+
+    return read
+
+
+def _integer(answer: Any) -> int:
+    if type(answer) is int:
+        return answer
+    raise ValueError("not an integer")
+
+
+def _nothing(answer: Any) -> None:
+    if answer is not None:
+        raise ValueError("not the end of a script")
+
+
+def _ok(answer: Any) -> None:
+    if answer != b"OK":
+        raise ValueError("not an OK")
 
 
 def _pair(time_ns: int) -> tuple[int, int]:

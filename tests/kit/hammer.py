@@ -1,7 +1,8 @@
 """`python -m tests.kit.hammer ADDRESS OWNER JOB SECONDS`: one process that hammers a store, and tells.
 
 It says `ready`, waits for a line, works until the time is up, says what it was granted as one line of JSON.
-`ADDRESS` is what the store's fixture gives out (`memory:FD`, the descriptor being inherited; `redis:URL`).
+`ADDRESS` is what the store's fixture gives out: `memory:FD`, the descriptor being inherited; `redis:URL`;
+`timed:URL`, with Redis's own clock and a lease of a second.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 #: What all children fight for. Two buckets: all or none means that the wide one is charged like the narrow.
 WIDE = Charge("wide", 60_000, 500)
 NARROW = Charge("narrow", 30_000, 200)
+#: One unit in ten minutes.
+SLOW = Charge("slow", 0.1, 400)
 #: The places of `slots`, each with the bytes of the witness file that stand for them.
 SLOTS = (Slot("few", 2), Slot("more", 3))
 BUDGETS = {"day": 2_000_003, "month": 1_500_007}
@@ -40,6 +43,8 @@ def open_state(address: str, owner: int) -> State:
     kind, _, rest = address.partition(":")
     if kind == "redis":
         return RedisState(rest, budget_s=5.0, callers_clock=True)
+    if kind == "timed":
+        return RedisState(rest, budget_s=5.0, lease_s=1.0)
     assert kind == "memory"
     return attach(int(rest), owner)
 
@@ -60,6 +65,15 @@ async def frozen(state: State, until: float, _: int) -> int:
     for _round in range(2000):
         decisions = await state.take([WIDE, NARROW], 1000.0)
         granted += all(decision.allowed for decision in decisions)
+    return granted
+
+
+async def slow(state: State, until: float, _: int) -> int:
+    """How many were allowed of a bucket that gets nothing back in the time of a test."""
+    granted = 0
+    while (now := time.monotonic()) < until:
+        decisions = await asyncio.gather(*[state.take([SLOW], now) for _round in range(10)])
+        granted += sum(decision.allowed for (decision,) in decisions)
     return granted
 
 
@@ -128,7 +142,7 @@ async def hold(state: State, until: float, witness: int) -> bool:
 
 
 JOBS: dict[str, Callable[[State, float, int], Coroutine[Any, Any, Any]]] = {
-    job.__name__: job for job in (buckets, frozen, slots, budgets, everything, hold)
+    job.__name__: job for job in (buckets, frozen, slow, slots, budgets, everything, hold)
 }
 
 
