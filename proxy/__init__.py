@@ -12,6 +12,7 @@ rules (no I/O, no clock of their own)
     headers     which fields cross the proxy
     peek        what a JSON body says about routing and cost
     bucket      token bucket (GCRA) arithmetic
+    breaker     whether an upstream is asked at all: closed, half-open, open
     sse         where a stream stands: boundary, first token, terminator
     answers     which of an upstream's answers are passed on
 resources
