@@ -13,6 +13,7 @@ rules (no I/O, no clock of their own)
     peek        what a JSON body says about routing and cost
     bucket      token bucket (GCRA) arithmetic
     breaker     whether an upstream is asked at all: closed, half-open, open
+    retry       whether a request is tried again, after how long, and the budget for it
     sse         where a stream stands: boundary, first token, terminator
     answers     which of an upstream's answers are passed on
 resources
