@@ -14,6 +14,7 @@ rules (no I/O, no clock of their own)
     bucket      token bucket (GCRA) arithmetic
     breaker     whether an upstream is asked at all: closed, half-open, open
     retry       whether a request is tried again, after how long, and the budget for it
+    routing     who is asked next: upstream, model, key
     sse         where a stream stands: boundary, first token, terminator
     answers     which of an upstream's answers are passed on
 resources
