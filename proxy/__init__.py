@@ -5,6 +5,7 @@ Reading order, one line a module; imports only go upwards in this list.
 rules (no I/O, no clock of their own)
     errors      what can go wrong, whose fault it is, what the caller is told
     address     listener addresses as people write them
+    patterns    model names with * and ?
     yamlstruct  YAML text into Structs, with the path of every mistake
     schema      every key of the configuration: default, unit, check
     config      loads a configuration, and checks it as a whole
@@ -17,6 +18,8 @@ rules (no I/O, no clock of their own)
     routing     who is asked next: upstream, model, key
     sse         where a stream stands: boundary, first token, terminator
     answers     which of an upstream's answers are passed on
+    identity    who calls: API keys, and what a caller may do
+    webtoken    JSON Web Tokens as credentials
 resources
     listen      listening sockets
     log         the request line, and a sink that never blocks
@@ -26,6 +29,10 @@ resources
     wire        one exchange on a pooled connection, below ClientSession
     upstream    an upstream: address, credential, pool
     state/ errors, table, memory, lua, link, redis
+    keystore/ base, sqlite, redis
+    keys        the keys a process knows, and the pepper
+    jwks        an identity service's public keys
+    authenticator  from a credential to its Principal
 data path
     context     what one request knows about itself
     core        what all requests of a process share
@@ -35,6 +42,8 @@ data path
     forward     the attempts of one request
 web
     middleware/ request_id, observe, errors, guard, auth
+    key_order   what people write to get a key
+    key_commands  keys and tokens, for the command line and the admin API
     handlers    the routes
     downstream  the listening side
     admin       the admin listener
