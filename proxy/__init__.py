@@ -17,6 +17,7 @@ rules (no I/O, no clock of their own)
     retry       whether a request is tried again, after how long, and the budget for it
     routing     who is asked next: upstream, model, key
     sse         where a stream stands: boundary, first token, terminator
+    sse_events  an event stream cut into its events
     answers     which of an upstream's answers are passed on
     identity    who calls: API keys, and what a caller may do
     webtoken    JSON Web Tokens as credentials
@@ -41,9 +42,10 @@ data path
     reshape     answers that are changed on their way
     forward     the attempts of one request
 web
-    middleware/ request_id, observe, errors, guard, auth
+    middleware/ request_id, observe, errors, guard, cors, auth
     key_order   what people write to get a key
     key_commands  keys and tokens, for the command line and the admin API
+    browser_api what a web page may ask without a key, and its answer's shape
     handlers    the routes
     downstream  the listening side
     admin       the admin listener

@@ -42,6 +42,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     dialect: Dialect = Dialect.OPENAI
     ours: bool = False  # answered here, not forwarded
     ends_with_terminator: bool = False  # an event stream of this route announces its own end
+    asks: str = ""  # the path that is asked upstream; empty: the caller's own
 
 
 def _inference(name: str, dialect: Dialect = Dialect.OPENAI, *, streams: bool = True) -> Endpoint:
@@ -59,6 +60,19 @@ def _stored(name: str, *methods: str, dialect: Dialect = Dialect.OPENAI) -> Endp
 
 def _ours(name: str) -> Endpoint:
     return Endpoint(name, ("GET", "HEAD"), Body.NONE, Model.NONE, ours=True)
+
+
+def _for_pages(name: str, *, streams: bool) -> Endpoint:
+    """The browser API: a chat request that is made here."""
+    return Endpoint(
+        name,
+        ("POST",),
+        Body.JSON,
+        Model.REQUIRED,
+        ours=True,
+        ends_with_terminator=streams,
+        asks="/chat/completions",
+    )
 
 
 TABLE: tuple[Endpoint, ...] = (
@@ -99,6 +113,8 @@ TABLE: tuple[Endpoint, ...] = (
     _stored("/v1/assistants/{rest}"),
     _stored("/v1/threads"),
     _stored("/v1/threads/{rest}"),
+    _for_pages("/api/chat/stream", streams=True),
+    _for_pages("/api/chat", streams=False),
     _ours("/health"),
     _ours("/api/health/stream"),
 )

@@ -185,6 +185,7 @@ class ModelNotFound(NotFound):
 #: the middleware chain) and the guard's speak with one voice.
 REFUSALS: dict[int, tuple[str, str]] = {
     400: ("bad_request", "The request is not well-formed HTTP."),
+    403: ("origin_not_allowed", "Pages of this origin may not ask here."),
     405: ("method_not_allowed", "This method is not supported."),
     408: ("request_timeout", "The request did not arrive in time."),
     411: ("length_required", "The request needs a body with a length."),

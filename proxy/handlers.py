@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import msgspec
 from aiohttp import web
 
-from proxy import endpoints, headers
+from proxy import browser_api, endpoints, headers
 from proxy.context import CONTEXT, CORE, Context, Phase
 from proxy.core import Core
 from proxy.endpoints import Endpoint, Model
@@ -18,6 +18,7 @@ from proxy.errors import BadRequest, Draining, ModelNotFound, NotFound, Refused
 from proxy.forward import Forwarding, Job
 from proxy.intake import HeldBody
 from proxy.peek import Peek, peek, with_model
+from proxy.reshape import Reshape
 
 
 async def dispatch(request: web.Request) -> web.StreamResponse:
@@ -49,9 +50,17 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
 
 
 async def forward_body(
-    request: web.Request, ctx: Context, endpoint: Endpoint, body: bytes, asked: Peek
+    request: web.Request,
+    ctx: Context,
+    endpoint: Endpoint,
+    body: bytes,
+    asked: Peek,
+    reshape: Reshape | None = None,
 ) -> web.StreamResponse:
-    """Model, route, forward: of a body that was read from the caller or made here."""
+    """Model, route, forward: of a body that was read from the caller or made here.
+
+    reshape: what happens to the answer; None passes it on as it is.
+    """
     core = request.app[CORE]
     settings = core.config
     ctx.phase = Phase.QUEUE
@@ -60,10 +69,11 @@ async def forward_body(
     ctx.model, targets = core.route(name)
     job = Job(
         request.method,
-        endpoints.upstream_path(request.raw_path),
+        endpoint.asks or endpoints.upstream_path(request.raw_path),
         headers.to_upstream(request.raw_headers) + b"x-request-id: %b\r\n" % ctx.request_id.encode(),
         [body if name in (None, asked.model) else with_model(body, name) for _, name in targets],
         wants_stream=bool(asked.stream),
+        reshape=reshape,
     )
     ctx.queue_s = 0.0
     forwarding = Forwarding(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
@@ -94,6 +104,30 @@ def _model_name(core: Core, endpoint: Endpoint, asked: Peek) -> str | None:
     if endpoint.model is Model.OPTIONAL:
         return None
     raise BadRequest("missing_model", "The field 'model' is missing.", param="model")
+
+
+async def browser_chat(request: web.Request) -> web.StreamResponse:
+    """A page's question: from here on a chat request like any other."""
+    core, ctx = request.app[CORE], request[CONTEXT]
+    settings, endpoint = core.config, ctx.endpoint
+    if settings.browser_api is None or endpoint is None:
+        raise NotFound
+    if core.refusing:
+        raise Draining
+    fields = request.headers
+    browser_api.check_origin(fields.getall("Origin", ()), fields.getall("Host", ()), settings.cors.origins)
+    if not _is_json(fields.get("Content-Type", "")):
+        raise Refused(415, close=False)
+    streams = endpoint.ends_with_terminator
+    content_only = streams and browser_api.wants_content(request.query.getall("format", []))
+    held = HeldBody(core.bodies, settings.max_body_bytes)
+    try:
+        body = await held.read(request, settings.timeouts.body)
+        ctx.bytes_in = len(body)
+        question = browser_api.question(settings.browser_api, body, stream=streams, content_only=content_only)
+        return await forward_body(request, ctx, endpoint, question.body, question.asked, question.reshape)
+    finally:
+        held.release()
 
 
 # ── answered here ────────────────────────────────────────────────────────────────────────────────────────
@@ -165,6 +199,8 @@ def _json(document: dict[str, Any]) -> web.Response:
 
 
 _OURS = {
+    "/api/chat/stream": browser_chat,
+    "/api/chat": browser_chat,
     "/v1/models": list_models,
     "/v1/models/{rest}": show_model,
     "/health": health,

@@ -50,6 +50,7 @@ _REQUEST_DROP = (
         b"x-real-ip",
         b"via",
         b"x-request-id",
+        b"origin",  # which pages may ask is decided here; some upstreams refuse whatever comes from a page
         b"openai-organization",  # whose account is billed is the operator's choice
         b"openai-project",
     }
@@ -69,6 +70,12 @@ _RESPONSE_DROP = HOP_BY_HOP | {
     b"x-headrace-upstream",
     b"x-headrace-attempts",
     b"server-timing",
+    b"access-control-allow-origin",  # which pages may read it is decided here
+    b"access-control-allow-credentials",
+    b"access-control-allow-headers",
+    b"access-control-allow-methods",
+    b"access-control-expose-headers",
+    b"access-control-max-age",
     b"date",
 }
 

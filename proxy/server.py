@@ -27,6 +27,7 @@ from proxy.listen import BACKLOG
 from proxy.log import RequestLog, Sink, refusal_line
 from proxy.metrics import Metrics, Snapshot
 from proxy.middleware import CHAIN
+from proxy.middleware.cors import attach
 from proxy.tasks import spawn
 from proxy.upstream import Upstream
 
@@ -107,8 +108,9 @@ class Server:
     def _app(self) -> web.Application:
         app = web.Application(middlewares=CHAIN)
         app[CORE] = self.core
-        app.router.add_route("*", "/{path:.*}", handlers.dispatch, expect_handler=no_expectation)
+        route = app.router.add_route("*", "/{path:.*}", handlers.dispatch, expect_handler=no_expectation)
         app.on_response_prepare.append(self._on_prepare)
+        attach(app, route)
         return app
 
     async def _on_prepare(self, request: web.Request, response: web.StreamResponse) -> None:
