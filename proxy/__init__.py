@@ -16,7 +16,12 @@ rules (no I/O, no clock of their own)
     breaker     whether an upstream is asked at all: closed, half-open, open
     retry       whether a request is tried again, after how long, and the budget for it
     routing     who is asked next: upstream, model, key
-    sse         where a stream stands: boundary, first token, terminator
+    fairqueue   who goes next, and how fast a queue drains
+    usage       the tokens an answer used: reported, estimated or unknown
+    sse         where a stream stands: boundary, first token, terminator, usage
+    inject      usage asked for on a caller's behalf, and its chunk taken out again
+    pricing     what the tokens cost, exactly
+    tokens      what a request will take, before anybody has counted
     sse_events  an event stream cut into its events
     answers     which of an upstream's answers are passed on
     identity    who calls: API keys, and what a caller may do
@@ -29,25 +34,32 @@ resources
     control     the channel between processes
     wire        one exchange on a pooled connection, below ClientSession
     upstream    an upstream: address, credential, pool
-    state/ errors, table, memory, lua, link, redis
+    state/ errors, table, memory, lua, link, redis, guarded
     keystore/ base, sqlite, redis
     keys        the keys a process knows, and the pepper
     jwks        an identity service's public keys
     authenticator  from a credential to its Principal
+    shared      the memory that all processes count in, and who owns what in it
+    stores      the stores of limits, as one process uses them
 data path
+    permit      slots a request holds; taken at once, or not at all
+    slots       the waiting room: who finds no slot waits there
+    slots_remote  the waiting room of several workers, in the supervisor
     context     what one request knows about itself
+    admission   what a caller may use: rates, tokens, slots
     core        what all requests of a process share
     intake      the body: whole, bounded, timed
     pipe        bytes from upstream to caller
     reshape     answers that are changed on their way
     forward     the attempts of one request
 web
-    middleware/ request_id, observe, errors, guard, cors, auth
+    middleware/ request_id, observe, errors, guard, cors, auth, limits
     key_order   what people write to get a key
     key_commands  keys and tokens, for the command line and the admin API
     browser_api what a web page may ask without a key, and its answer's shape
     handlers    the routes
     downstream  the listening side
+    admin_keys  the keys on the admin listener
     admin       the admin listener
 composition
     server      the data plane of one process: builds everything once; reloads, drains
@@ -55,6 +67,7 @@ composition
     worker      a worker process
     keeper      keeps one worker process alive
     supervisor  binds the sockets, runs the workers, holds the admin listener; reload, restart
+    cli_keys    the commands about keys and tokens
     cli         the commands
 beside
     mock        the mock upstream with its faults

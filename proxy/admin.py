@@ -10,7 +10,9 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from proxy.admin_keys import AdminKeys
 from proxy.errors import OperationError
+from proxy.key_commands import UnknownKey
 from proxy.metrics import Counter, Histogram, render
 from proxy.yamlstruct import ConfigError
 
@@ -37,7 +39,7 @@ class Operations(Protocol):
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 
-def make_app(operations: Operations, *, token: str | None) -> web.Application:
+def make_app(operations: Operations, keys: AdminKeys, *, token: str | None) -> web.Application:
     """token: asked for on everything but the probes; None: not asked (loopback and unix only)."""
 
     @web.middleware
@@ -49,6 +51,10 @@ def make_app(operations: Operations, *, token: str | None) -> web.Application:
                 return _error(401, "invalid_admin_token", {"WWW-Authenticate": "Bearer"})
         try:
             return await handler(request)
+        except UnknownKey as refused:
+            return _error(404, "not_found", {}, str(refused))
+        except OperationError as refused:
+            return _error(400, "bad_request", {}, str(refused))
         except web.HTTPException as refused:
             return _error(refused.status, "not_found" if refused.status == 404 else "bad_request", {})
 
@@ -60,6 +66,7 @@ def make_app(operations: Operations, *, token: str | None) -> web.Application:
     app.router.add_get("/debug/state", routes.debug_state)
     app.router.add_get("/admin/streams", routes.streams)
     app.router.add_delete("/admin/streams/{id}", routes.kill)
+    keys.add_routes(app.router)
     app.router.add_post("/admin/reload", routes.reload)
     app.router.add_post("/admin/restart", routes.restart)
     return app

@@ -15,8 +15,8 @@ import aiohttp
 import msgspec
 import uvloop
 
-from proxy import __version__, config, listen, log, mock, wire
-from proxy.errors import StartError
+from proxy import __version__, cli_keys, config, listen, log, mock, wire
+from proxy.errors import OperationError, StartError
 from proxy.supervisor import Front
 from proxy.worker import WorkerProcess
 from proxy.yamlstruct import ConfigError
@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (ConfigError, StartError) as error:
-        print(f"headrace: {error}" if isinstance(error, StartError) else str(error), file=sys.stderr)
+    except (ConfigError, OperationError) as error:
+        print(f"headrace: {error}" if isinstance(error, OperationError) else str(error), file=sys.stderr)
         return 1
 
 
@@ -71,9 +71,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--admin", metavar="ADDRESS", help="admin listener of the running server")
         command.set_defaults(run=_tell_server, verb=verb)
 
+    cli_keys.add_parsers(commands, common, _settings)
+
     command = commands.add_parser("worker")
     command.add_argument("control", type=int)
     command.add_argument("listener", type=int)
+    command.add_argument("counters", type=int)
     command.set_defaults(run=_worker)
 
     command = commands.add_parser("mock", help="run the mock upstream on its own")
@@ -155,7 +158,8 @@ def _worker(arguments: argparse.Namespace) -> int:
     async def run() -> None:
         control = socket.socket(fileno=arguments.control)
         control.setblocking(False)
-        await WorkerProcess().run(control, socket.socket(fileno=arguments.listener))
+        listener = socket.socket(fileno=arguments.listener)
+        await WorkerProcess().run(control, listener, arguments.counters)
 
     uvloop.run(run())
     return 0

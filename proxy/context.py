@@ -17,8 +17,11 @@ from aiohttp import web
 from proxy.errors import Dialect, Reason
 
 if TYPE_CHECKING:
+    from proxy.bucket import Decision
     from proxy.core import Core
     from proxy.endpoints import Endpoint
+    from proxy.identity import Principal
+    from proxy.usage import Usage
 
 
 _PROCESS = f"{os.getpid():x}"
@@ -45,6 +48,7 @@ class Context:
     but uvloop rounds it to milliseconds); None: not reached."""
 
     __slots__ = (
+        "allowance",
         "attempts",
         "bytes_in",
         "bytes_out",
@@ -58,6 +62,7 @@ class Context:
         "first_token_at",
         "model",
         "phase",
+        "principal",
         "queue_s",
         "reached_upstream",
         "reason",
@@ -70,6 +75,7 @@ class Context:
         "streaming",
         "task",
         "upstream",
+        "usage",
     )
 
     def __init__(self, request_id: str, endpoint: Endpoint | None, path: str, started_at: float) -> None:
@@ -80,6 +86,8 @@ class Context:
         self.started_at = started_at
         self.task = asyncio.current_task()
         self.phase = Phase.BODY
+        self.principal: Principal | None = None  # who asks; None in open mode
+        self.allowance: dict[str, Decision] = {}  # of the caller's own plan, by unit: requests, tokens
         self.model: str | None = None  # as configured: a label
         self.upstream: str | None = None
         self.attempts = 0
@@ -98,16 +106,24 @@ class Context:
         self.bytes_in = 0
         self.bytes_out = 0
         self.client_ip = ""
+        self.usage: Usage | None = None  # None: the answer said nothing
 
     @property
     def route(self) -> str:
         return self.endpoint.name if self.endpoint is not None else "other"
+
+    def used_tokens(self) -> int | None:
+        """Prompt and answer together, for the limits; None: nobody knows."""
+        if not self.reached_upstream:
+            return 0
+        return None if self.usage is None else self.usage.prompt_tokens + self.usage.completion_tokens
 
     def describe(self, now: float) -> dict[str, Any]:
         """What an operator sees of it. Ages are seconds."""
         return {
             "id": self.stream_id,
             "request_id": self.request_id,
+            "key_id": None if self.principal is None else self.principal.key_id,
             "route": self.route,
             "model": self.model,
             "upstream": self.upstream,

@@ -8,9 +8,13 @@ from proxy.errors import ModelNotFound, Overloaded
 
 if TYPE_CHECKING:
     from proxy import config
+    from proxy.admission import Admission
+    from proxy.authenticator import Authenticator
     from proxy.context import Context
+    from proxy.identity import Principal
     from proxy.log import RequestLog
     from proxy.metrics import Metrics
+    from proxy.schema import Plan
     from proxy.upstream import Upstream
 
 
@@ -46,10 +50,16 @@ class Core:
         self.metrics = metrics
         self.request_log = request_log
         self.started_at = started_at  # wall clock, seconds: `created` of the models list
+        self.admission: Admission  # set before the first request, and by a reload
+        self.authenticator: Authenticator | None = None  # None: open
         self.running: set[Context] = set()
         self.bodies = Bodies(settings.max_buffered_bytes)
         self.draining = False  # answers close their connection
         self.refusing = False  # and there are no new requests
+
+    def plan_of(self, principal: Principal | None) -> Plan | None:
+        """The plan that limits a caller; open mode has none."""
+        return None if principal is None else self.config.plans[principal.plan]
 
     def route(self, model: str | None) -> tuple[str, list[tuple[Upstream, str | None]]]:
         """The configured name of a model (the metric label) and whom to ask, under which name.

@@ -41,6 +41,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     model: Model
     dialect: Dialect = Dialect.OPENAI
     ours: bool = False  # answered here, not forwarded
+    costs: bool = True  # spends a request of the caller's plan
     ends_with_terminator: bool = False  # an event stream of this route announces its own end
     asks: str = ""  # the path that is asked upstream; empty: the caller's own
 
@@ -59,7 +60,7 @@ def _stored(name: str, *methods: str, dialect: Dialect = Dialect.OPENAI) -> Endp
 
 
 def _ours(name: str) -> Endpoint:
-    return Endpoint(name, ("GET", "HEAD"), Body.NONE, Model.NONE, ours=True)
+    return Endpoint(name, ("GET", "HEAD"), Body.NONE, Model.NONE, ours=True, costs=False)
 
 
 def _for_pages(name: str, *, streams: bool) -> Endpoint:
@@ -95,6 +96,7 @@ TABLE: tuple[Endpoint, ...] = (
     _ours("/v1/models"),
     _ours("/v1/models/{rest}"),
     _stored("/v1/models/{id}", "DELETE"),
+    _ours("/v1/limits"),
     _optional("/v1/moderations"),
     _inference("/v1/rerank", streams=False),
     _optional("/v1/images/generations"),

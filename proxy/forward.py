@@ -35,6 +35,7 @@ from proxy.pipe import HEARTBEAT, TIMER_SLACK_S, Clocks, Pipe, break_off
 from proxy.reshape import WHOLE_LIMIT, ReshapedPipe
 from proxy.sse import Scanner
 from proxy.upstream import translate
+from proxy.usage import find_in_json
 from proxy.wire import HELD_LIMIT, End
 
 if TYPE_CHECKING:
@@ -238,6 +239,10 @@ class Forwarding:
         upstream_ms = (monotonic() - (ctx.sent_at or monotonic())) * 1000
         fields["server-timing"] = f"queue;dur={waited_ms:.1f}, upstream;dur={upstream_ms:.1f}"
 
+    def _passed_on(self, exchange: Exchange) -> CIMultiDict[str]:
+        """The upstream's quota is shown only to callers without a plan of their own."""
+        return CIMultiDict(headers.to_caller(exchange.fields, keep_ratelimit=self._ctx.principal is None))
+
     # ── the answer ───────────────────────────────────────────────────────────────────────────────────────
 
     async def _answer(self, exchange: Exchange, upstream: Upstream) -> web.StreamResponse:
@@ -258,7 +263,7 @@ class Forwarding:
         encoded = headers.value_of(exchange.fields, b"content-encoding") is not None
         scanner = Scanner(ctx.dialect, expects_terminator=expects and not encoded)
         if self._response is None:
-            fields = CIMultiDict(headers.to_caller(exchange.fields, keep_ratelimit=True))
+            fields = self._passed_on(exchange)
             fields.update(_STREAM_HEADERS | {"Content-Type": fields["Content-Type"]})
             response = web.StreamResponse(status=exchange.status, reason=exchange.reason, headers=fields)
             await self._prepare(response, upstream)
@@ -278,11 +283,12 @@ class Forwarding:
         rewrite = None if self._reshape is None else self._reshape.rewrite
         if rewrite is not None and end is None:
             body, end = await self._hold_whole(exchange, upstream, body)
-        fields = CIMultiDict(headers.to_caller(exchange.fields, keep_ratelimit=True))
+        fields = self._passed_on(exchange)
         if end is not None:
             if end is End.CUT:
                 raise UpstreamCut
             body = answers.checked_body(exchange.status, body)
+            ctx.usage = find_in_json(ctx.dialect, body) if b'"usage"' in body else None
             if rewrite is not None:
                 body = rewrite(exchange.status, body)
             response = web.Response(status=exchange.status, reason=exchange.reason, body=body, headers=fields)
@@ -341,6 +347,7 @@ class Forwarding:
         finally:
             if scanner is not None:
                 self._metrics.inter_chunk.merge((upstream.name,), pipe.gaps, pipe.gaps_s)
+                ctx.usage = scanner.usage()
             if pipe.heartbeats:
                 self._metrics.heartbeats.add((), pipe.heartbeats)
         return await self._conclude(pipe, exchange.status)

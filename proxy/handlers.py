@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import partial
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import msgspec
 from aiohttp import web
 
-from proxy import browser_api, endpoints, headers
+from proxy import browser_api, endpoints, headers, identity, tokens
+from proxy.admission import Reservation
 from proxy.context import CONTEXT, CORE, Context, Phase
 from proxy.core import Core
 from proxy.endpoints import Endpoint, Model
-from proxy.errors import BadRequest, Draining, ModelNotFound, NotFound, Refused
+from proxy.errors import BadRequest, Draining, ModelNotAllowed, ModelNotFound, NotFound, Refused
 from proxy.forward import Forwarding, Job
 from proxy.intake import HeldBody
 from proxy.peek import Peek, peek, with_model
 from proxy.reshape import Reshape
+
+if TYPE_CHECKING:
+    from proxy.identity import Principal
+    from proxy.permit import Permit
+    from proxy.schema import Plan
+    from proxy.upstream import Upstream
 
 
 async def dispatch(request: web.Request) -> web.StreamResponse:
@@ -67,17 +75,62 @@ async def forward_body(
     name = _model_name(core, endpoint, asked)
     ctx.model = None if name is None else "other"  # until it is known to be configured: a closed set
     ctx.model, targets = core.route(name)
-    job = Job(
-        request.method,
-        endpoint.asks or endpoints.upstream_path(request.raw_path),
-        headers.to_upstream(request.raw_headers) + b"x-request-id: %b\r\n" % ctx.request_id.encode(),
-        [body if name in (None, asked.model) else with_model(body, name) for _, name in targets],
-        wants_stream=bool(asked.stream),
-        reshape=reshape,
-    )
-    ctx.queue_s = 0.0
-    forwarding = Forwarding(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
-    return await forwarding.run(job, [upstream for upstream, _ in targets])
+    _check_model(ctx.principal, name)
+    plan = core.plan_of(ctx.principal)
+    reservation = await _reserve(core, ctx, plan, body, asked)
+    try:
+        upstreams = [upstream for upstream, _ in targets]
+        async with core.admission.seat(ctx, plan, upstreams, low=_is_low(request)) as permit:
+            targets = _from(targets, permit)
+            job = Job(
+                request.method,
+                endpoint.asks or endpoints.upstream_path(request.raw_path),
+                headers.to_upstream(request.raw_headers) + b"x-request-id: %b\r\n" % ctx.request_id.encode(),
+                [body if name in (None, asked.model) else with_model(body, name) for _, name in targets],
+                wants_stream=bool(asked.stream),
+                reshape=reshape,
+            )
+            forwarding = Forwarding(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
+            forwarding.may_ask = partial(core.admission.change_seat, permit)
+            return await forwarding.run(job, [upstream for upstream, _ in targets])
+    finally:
+        await core.admission.settle(reservation, ctx.used_tokens())
+
+
+def _check_model(principal: Principal | None, name: str | None) -> None:
+    """Raises ModelNotAllowed; a caller with an allow-list may not use routes without a model either."""
+    if principal is None or not principal.models:
+        return
+    if name is None or not identity.may_use_model(principal, name):
+        raise ModelNotAllowed
+
+
+async def _reserve(core: Core, ctx: Context, plan: Plan | None, body: bytes, asked: Peek) -> Reservation:
+    """What the model's limits and the caller's tokens have to say, before anything waits."""
+    entry = core.config.models.get(ctx.model or "")
+    if entry is None:
+        return Reservation()
+    assert ctx.model is not None
+    await core.admission.take_model_request(ctx.model, entry)
+    if entry.tokens_per_minute is None and (plan is None or plan.tokens_per_minute is None):
+        return Reservation()
+    allowed = asked.max_completion_tokens or asked.max_tokens or asked.max_output_tokens
+    wanted = tokens.estimate_prompt(body) + (allowed or entry.max_output) * (asked.n or 1)
+    return await core.admission.reserve_tokens(ctx, plan, (ctx.model, entry), wanted)
+
+
+def _is_low(request: web.Request) -> bool:
+    """A caller may say that it is in no hurry."""
+    return request.headers.get("x-headrace-priority", "").lower() == "low"
+
+
+def _from(
+    targets: list[tuple[Upstream, str | None]], permit: Permit | None
+) -> list[tuple[Upstream, str | None]]:
+    """The targets, beginning with the one whose slot is held."""
+    names = [upstream.name for upstream, _ in targets]
+    first = 0 if permit is None else names.index(permit.upstream)
+    return targets[first:] + targets[:first]
 
 
 def _is_json(content_type: str) -> bool:
@@ -152,6 +205,9 @@ async def list_models(request: web.Request) -> web.Response:
     core = request.app[CORE]
     # A pattern is not a model that can be asked for by its name.
     names = [name for name in core.config.models if "*" not in name and "?" not in name]
+    principal = request[CONTEXT].principal
+    if principal is not None:
+        names = [name for name in names if identity.may_use_model(principal, name)]
     document = {
         "object": "list",
         "data": [_model_object(core, name) for name in names],
@@ -166,12 +222,24 @@ async def show_model(request: web.Request) -> web.Response:
     core = request.app[CORE]
     raw = request.raw_path.partition("?")[0]
     name = unquote(raw.removeprefix("/v1").removeprefix("/models/"))
-    if core.config.match_model(name) is None:
+    principal = request[CONTEXT].principal
+    hidden = principal is not None and not identity.may_use_model(principal, name)
+    if hidden or core.config.match_model(name) is None:
         raise ModelNotFound
     if name in core.config.models:
         return _json(_model_object(core, name))
     pattern, _ = core.config.match_model(name) or (name, None)
     return _json({**_model_object(core, pattern), "id": name, "display_name": name})
+
+
+async def limits(request: web.Request) -> web.Response:
+    """What the caller has left: asking costs nothing."""
+    core, principal = request.app[CORE], request[CONTEXT].principal
+    plan = core.plan_of(principal)
+    if principal is None or plan is None:
+        return _json({"object": "limits", "plan": None})
+    left = await core.admission.left(principal.name, plan)
+    return _json({"object": "limits", "plan": principal.plan, "priority": plan.priority, **left})
 
 
 async def health(_request: web.Request) -> web.Response:
@@ -203,6 +271,7 @@ _OURS = {
     "/api/chat": browser_chat,
     "/v1/models": list_models,
     "/v1/models/{rest}": show_model,
+    "/v1/limits": limits,
     "/health": health,
     "/api/health/stream": health_stream,
 }

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 import itertools
+import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from proxy.bucket import Decision
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
@@ -108,7 +113,7 @@ def to_upstream(fields: RawHeaders) -> bytes:
     lines = []
     for name, value in fields:
         lower = name.lower()
-        if lower in _REQUEST_DROP or lower in extra or b"_" in name:
+        if lower in _REQUEST_DROP or lower in extra or b"_" in name or lower.startswith(b"x-headrace-"):
             continue
         lines.append(b"%b: %b\r\n" % (name, value))
     return b"".join(lines)
@@ -145,6 +150,31 @@ def _first_request_id_only(fields: list[tuple[str, str]]) -> list[tuple[str, str
             seen = True
         out.append(field)
     return out
+
+
+def rate_limit(allowance: Mapping[str, Decision]) -> list[tuple[str, str]]:
+    """OpenAI's fields for what is left of a caller's plan; `reset` is until the bucket is full again."""
+    return [
+        field
+        for unit, decision in allowance.items()
+        for field in (
+            (f"x-ratelimit-limit-{unit}", str(decision.limit)),
+            (f"x-ratelimit-remaining-{unit}", str(decision.remaining)),
+            (f"x-ratelimit-reset-{unit}", duration(decision.reset_after_s)),
+        )
+    ]
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI and Go write it: `12ms`, `1s`, `6m0s`, `1h0m5s`. Rounded up: never too early."""
+    if seconds < 1:
+        milliseconds = math.ceil(seconds * 1000)
+        return f"{milliseconds}ms" if milliseconds < 1000 else "1s"
+    whole = math.ceil(seconds)
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+    return f"{minutes // 60}h{minutes % 60}m{rest}s"
 
 
 def value_of(fields: RawHeaders, name: bytes) -> bytes | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import structlog
 
 from proxy.errors import StartError
+from proxy.slots import WaitingRoom
 from proxy.workers import START_S, RemoteWorker
 
 #: A worker whose loop has not spoken for this long hangs and is replaced (it speaks every second).
@@ -23,23 +24,28 @@ _HEALTHY_S = 30.0
 
 
 class Keeper:
-    """Worker `number`. `greet` sends a new process its settings; `joined` and `left` tell when it serves and
-    when it no longer does."""
+    """Worker `number`.
+
+    inherits: the descriptors of the data listener and of the counters. `greet` sends a new process its
+    settings; `joined` and `left` tell when it serves and when it no longer does.
+    """
 
     def __init__(
         self,
         number: int,
-        listener: socket.socket,
+        inherits: tuple[int, int],
         greet: Callable[[RemoteWorker], None],
         joined: Callable[[RemoteWorker], None],
         left: Callable[[RemoteWorker], None],
+        room: WaitingRoom,
     ) -> None:
         self.number = number
         self.serving: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._listener = listener
+        self._inherits = inherits
         self._greet = greet
         self._joined = joined
         self._left = left
+        self._room = room
         self._stopping = False
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -72,7 +78,7 @@ class Keeper:
     async def _spawn(self) -> tuple[RemoteWorker, subprocess.Popen[bytes]]:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        descriptors = [theirs.fileno(), self._listener.fileno()]
+        descriptors = [theirs.fileno(), *self._inherits]
         with theirs:
             self._process = process = await asyncio.to_thread(
                 subprocess.Popen,
@@ -80,8 +86,8 @@ class Keeper:
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
             )
-        worker = RemoteWorker(process.pid)
-        await worker.connect(ours)
+        worker = RemoteWorker(process.pid, self.number)
+        await worker.connect(ours, self._room)
         self._greet(worker)
         return worker, process
 

@@ -68,6 +68,14 @@ class Gauge(Counter):
         return family
 
 
+class Least(Gauge):
+    """A level that is as low for all processes as for the worst of them."""
+
+    def absorb(self, labels: Labels, value: float | list[float]) -> None:
+        assert not isinstance(value, list)
+        self.set(labels, min(value, self.values.get(labels, value)))
+
+
 class Histogram:
     """Counts per bucket (the last one is +Inf), and the sum; not cumulative until it is rendered."""
 
@@ -158,12 +166,21 @@ class Metrics:
         self.client_disconnects = Counter(
             "client_disconnects_total", "Callers that left before the end.", ("phase",)
         )
+        self.limit_decisions = Counter(
+            "limit_decisions_total", "Decisions about limits.", ("scope", "result")
+        )
+        self.queue_depth = Gauge("queue_depth", "Requests that wait for a slot.", ("plan",))
+        self.queue_wait = Histogram(
+            "queue_wait_seconds", "Waiting for a slot, of requests that had to.", ("plan",), _FIRST
+        )
+        self.state_store_up = Least("state_store_up", "1 while the store of limits answers.")
         self.event_loop_lag = Histogram(
             "event_loop_lag_seconds", "How late a timer of the event loop fired.", (), _OVERHEAD
         )
         self.log_dropped = Counter("log_lines_dropped_total", "Log lines that no sink took.")
         self.config_reloads = Counter("config_reloads_total", "Reloads by result.", ("result",))
         self.workers_replaced = Counter("workers_replaced_total", "Workers that died or hung.")
+        self.state_store_up.set((), 1)
         for result in ("ok", "error"):
             self.config_reloads.add((result,), 0)
         self.build_info = Gauge("build_info", "Constant 1.", ("version",))

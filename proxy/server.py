@@ -12,13 +12,16 @@ import resource
 import socket
 import ssl
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import structlog
 from aiohttp import web
 
-from proxy import __version__, config, handlers, mock, schema, wire
-from proxy.context import CONTEXT, CORE, Context
+from proxy import __version__, config, handlers, headers, mock, schema, wire
+from proxy.admission import Admission
+from proxy.authenticator import Authenticator
+from proxy.context import CONTEXT, CORE, Context, Phase
 from proxy.core import Core
 from proxy.downstream import LINGER_S, Limits, Runner
 from proxy.errors import HeadraceError, Reason, StartError
@@ -28,6 +31,10 @@ from proxy.log import RequestLog, Sink, refusal_line
 from proxy.metrics import Metrics, Snapshot
 from proxy.middleware import CHAIN
 from proxy.middleware.cors import attach
+from proxy.permit import Slots
+from proxy.shared import Owner
+from proxy.slots import WaitingRoom
+from proxy.stores import Stores
 from proxy.tasks import spawn
 from proxy.upstream import Upstream
 
@@ -43,28 +50,37 @@ _SPARE_DESCRIPTORS = 24
 class Server:
     """One process that serves. `settings` may be replaced while it runs (`prepare`, `commit`)."""
 
-    def __init__(self, settings: config.Config, sink: Sink, request_log: RequestLog, *, push: bool) -> None:
+    def __init__(
+        self, settings: config.Config, sink: Sink, request_log: RequestLog, owner: Owner, *, push: bool
+    ) -> None:
         self._sink = sink
+        self._owner = owner
         self._push = push
+        self._stores: Stores | None = None
+        self._room: WaitingRoom | None = None
         self._runner: Runner | None = None
         self._tls: ssl.SSLContext | None = None
         self._mock: mock.RunningMock | None = None
         self._lag: asyncio.Task[None] | None = None
-        self._prepared: tuple[config.Config, dict[str, Upstream], Limits] | None = None
+        self._prepared: Prepared | None = None
         self._accepting: asyncio.Server | None = None
         self.metrics = Metrics(__version__)
         self.core = Core(settings, {}, self.metrics, request_log, time.time())
 
     # ── start ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def start(self, listener: socket.socket) -> None:
-        """Serves what arrives at `listener` (bound and listening). Raises StartError."""
+    async def start(self, listener: socket.socket, make_slots: MakeSlots | None = None) -> None:
+        """Serves what arrives at `listener` (bound and listening). Raises StartError.
+
+        make_slots: the way to the waiting room, if that is in another process.
+        """
         settings = self.core.config
         loop = asyncio.get_running_loop()
         self._sink.attach(loop)
         if self._push and (why := wire.self_check(loop)) is not None:
             structlog.get_logger().warning("push_path_disabled", why=why)
             self._push = False
+        await self._start_admission(settings, make_slots)
         self.core.upstreams = await self._make_upstreams(settings)
         self._tls = _tls(settings)
         self._runner = Runner(
@@ -90,6 +106,31 @@ class Server:
             ssl_handshake_timeout=settings.timeouts.header if self._tls else None,
         )
         self._lag = spawn(self._measure_lag(), "event loop lag")
+
+    async def _start_admission(self, settings: config.Config, make_slots: MakeSlots | None) -> None:
+        limits = settings.limits
+        self._stores = stores = Stores(limits, self._owner, self._store_changed)
+        stores.start()
+        if make_slots is not None:
+            slots = make_slots(stores)
+        else:
+            queue = limits.queue
+            slots = self._room = WaitingRoom(
+                stores.state,
+                queue.max_waiting,
+                queue.max_wait,
+                remote=stores.remote,
+                waited=self.waited,
+            )
+        self.core.admission = Admission(limits, stores.state, stores.local, slots, self.metrics)
+        self.core.authenticator = await _make_authenticator(settings)
+
+    def _store_changed(self, up: bool) -> None:
+        self.metrics.state_store_up.set((), 1 if up else 0)
+
+    def waited(self, plan: str, seconds: float) -> None:
+        """A request has waited for its slots."""
+        self.metrics.queue_wait.observe((plan,), seconds)
 
     async def _make_upstreams(self, settings: config.Config) -> dict[str, Upstream]:
         """Those whose settings have not changed are kept, with their connections."""
@@ -120,6 +161,8 @@ class Server:
         ctx = request.get(CONTEXT)
         if ctx is not None:
             fields["x-request-id"] = fields["request-id"] = ctx.request_id
+            if ctx.allowance:
+                fields.update(headers.rate_limit(ctx.allowance))
         if self.core.draining or "Upgrade" in request.headers:
             # aiohttp answers nothing behind a declined upgrade (measured): such a connection ends as well.
             response.force_close()
@@ -139,6 +182,8 @@ class Server:
         for name, upstream in self.core.upstreams.items():
             metrics.upstream_in_flight.set((name,), upstream.in_flight)
         metrics.log_dropped.values[()] = self._sink.dropped
+        if self._room is not None:
+            show_depths(metrics, self.core.config, self._room.depths())
         return metrics.snapshot()
 
     def state(self) -> dict[str, int]:
@@ -149,8 +194,9 @@ class Server:
             "in_flight": len(running),
             "streams": sum(1 for ctx in running if ctx.streaming),
             "permits": sum(upstream.in_flight for upstream in self.core.upstreams.values()),
-            "queued": 0,
-            "reservations": self.core.bodies.held,
+            "queued": sum(ctx.phase is Phase.QUEUE for ctx in running),
+            "reservations": self.core.admission.reserved,
+            "buffered_bytes": self.core.bodies.held,
             "upstream_connections": sum(used for used, _ in counts),
             "upstream_idle": sum(idle for _, idle in counts),
             "ledger_pending": 0,
@@ -184,20 +230,27 @@ class Server:
         await self.discard()
         _tls(settings)  # what can fail must fail here: `commit` cannot
         limits = Limits(connections_that_fit(settings), settings.timeouts.header, settings.timeouts.write)
-        self._prepared = (settings, await self._make_upstreams(settings), limits)
+        authenticator = self.core.authenticator
+        if settings.auth != self.core.config.auth:
+            authenticator = await _make_authenticator(settings)
+        self._prepared = Prepared(settings, await self._make_upstreams(settings), limits, authenticator)
 
     async def discard(self) -> None:
         prepared, self._prepared = self._prepared, None
-        if prepared is not None:
-            await _close_all(upstream for upstream in prepared[1].values() if upstream not in self._current())
+        if prepared is None:
+            return
+        await _close_all(up for up in prepared.upstreams.values() if up not in self._current())
+        if prepared.authenticator not in (None, self.core.authenticator):
+            await prepared.authenticator.close()
 
     def commit(self) -> None:
         """From now on new requests use the new settings; running ones keep the upstream that they have."""
         assert self._prepared is not None
-        settings, upstreams, limits = self._prepared
-        self._prepared = None
+        prepared, self._prepared = self._prepared, None
+        settings, upstreams, limits = prepared.settings, prepared.upstreams, prepared.limits
         replaced = [old for old in self._current() if old not in upstreams.values()]
         self.core.config, self.core.upstreams = settings, upstreams
+        self._change_admission(prepared)
         self.core.bodies.limit = settings.max_buffered_bytes
         if self._runner is not None and self._runner.listener is not None:
             self._runner.listener.limits = limits
@@ -205,6 +258,17 @@ class Server:
             self._tls.load_cert_chain(settings.tls.cert, settings.tls.key)  # for new handshakes
         for upstream in replaced:
             spawn(_close_when_idle(upstream), f"close upstream {upstream.name}")
+
+    def _change_admission(self, prepared: Prepared) -> None:
+        core, limits = self.core, prepared.settings.limits
+        core.admission.limits = limits
+        if self._room is not None:
+            self._room.max_waiting, self._room.max_wait_s = limits.queue.max_waiting, limits.queue.max_wait
+        before, core.authenticator = core.authenticator, prepared.authenticator
+        if core.authenticator is not None:
+            core.authenticator.plans = prepared.settings.plans
+        if before is not None and before is not core.authenticator:
+            spawn(before.close(), "close the old key store")
 
     def _current(self) -> list[Upstream]:
         return list(self.core.upstreams.values())
@@ -261,8 +325,46 @@ class Server:
             await self._runner.cleanup()
         await self.discard()
         await _close_all(self._current())
+        if self._room is not None:
+            await self._room.close()
+        if self.core.authenticator is not None:
+            await self.core.authenticator.close()
+        if self._stores is not None:
+            await self._stores.close()
         if self._mock is not None:
             await self._mock.close()
+
+
+class Prepared(NamedTuple):
+    """What a reload has built and not yet put to use."""
+
+    settings: config.Config
+    upstreams: dict[str, Upstream]
+    limits: Limits
+    authenticator: Authenticator | None
+
+
+#: From this process's stores to the waiting room of another.
+MakeSlots = Callable[[Stores], Slots]
+
+
+def show_depths(metrics: Metrics, settings: config.Config, depths: Mapping[str, int]) -> None:
+    """Plans without anybody waiting are 0, not missing."""
+    for plan in settings.plans:
+        metrics.queue_depth.set((plan,), depths.get(plan, 0))
+
+
+async def _make_authenticator(settings: config.Config) -> Authenticator | None:
+    """None: open mode, everybody may call. Raises StartError."""
+    if settings.auth.mode == "open":
+        return None
+    made = Authenticator(settings.auth, settings.plans)
+    try:
+        await made.start(time.time())
+    except BaseException:
+        await made.close()
+        raise
+    return made
 
 
 def _age(ctx: Context) -> float:

@@ -25,13 +25,17 @@ import structlog
 from aiohttp import web
 
 from proxy import __version__, admin, config, listen
+from proxy.admin_keys import AdminKeys
 from proxy.control import Channel, ControlError
 from proxy.downstream import Limits, Runner
 from proxy.errors import OperationError, StartError
 from proxy.keeper import Keeper
 from proxy.log import RequestLog, Sink
 from proxy.metrics import Metrics, Snapshot
-from proxy.server import Server
+from proxy.server import Server, show_depths
+from proxy.shared import Shared
+from proxy.slots import WaitingRoom
+from proxy.stores import Stores
 from proxy.tasks import spawn
 from proxy.workers import (
     START_S,
@@ -44,11 +48,13 @@ from proxy.workers import (
 from proxy.yamlstruct import ConfigError
 
 _ADMIN_CONNECTIONS = 100
-#: Descriptors handed to a new generation: data listener, admin listener, handover channel.
+#: Descriptors handed to a new generation: data listener, admin listener, handover channel; then the counters.
 _INHERIT = "HEADRACE_INHERIT"
 _NOT_NOW = "cannot change while running: use `headrace restart`"
 #: What a reload cannot change, because it is bound or built once.
 _FIXED = ("listen", "admin", "workers", "log", "admin_token")
+
+_FIXED_LIMITS = ("store", "on_store_failure")
 
 
 class Front:
@@ -77,6 +83,9 @@ class Front:
         self._metrics = Metrics(__version__)  # the front's own, and what the dead have counted
         self._workers: list[Worker] = []
         self._elders: list[RemoteWorker] = []  # generations that still drain
+        self._shared: Shared | None = None
+        self._stores: Stores | None = None
+        self._room: WaitingRoom | None = None
         self._listener: socket.socket | None = None
         self._admin_socket: socket.socket | None = None
         self._admin_runner: Runner | None = None
@@ -97,12 +106,15 @@ class Front:
         """Binds or inherits the sockets, starts workers and the admin listener. Raises StartError."""
         self._sink.attach(asyncio.get_running_loop())
         inherited = _inherited(self._environ)
+        workers = self.settings.worker_count
         if inherited is None:
+            self._shared = Shared.fresh(workers)
             self._listener = listen.bind(self.settings.listen_address)
             self._admin_socket = listen.bind(self.settings.admin_address)
         else:
             self._guest = True
-            self._listener, self._admin_socket, handover = inherited
+            (self._listener, self._admin_socket, handover), counters = inherited
+            self._shared = Shared.inherited(counters, workers)
             self._listener = listen.keep_or_bind(self._listener, self.settings.listen_address)
             self._admin_socket = listen.keep_or_bind(self._admin_socket, self.settings.admin_address)
         self.port, self.admin_port = listen.port_of(self._listener), listen.port_of(self._admin_socket)
@@ -123,21 +135,41 @@ class Front:
 
     async def _start_workers(self) -> None:
         assert self._listener is not None
+        assert self._shared is not None
         if self.settings.worker_count == 1:
-            server = Server(self.settings, self._sink, self._request_log, push=self._push)
+            owner = self._shared.owner(0)
+            server = Server(self.settings, self._sink, self._request_log, owner, push=self._push)
             self._workers.append(LocalWorker(server))
             await server.start(self._listener)
             return
+        self._room = self._open_room()
         for number in range(self.settings.worker_count):
-            keeper = Keeper(number, self._listener, self._greet, self._joined, self._left)
+            inherits = (self._listener.fileno(), self._shared.fd)
+            keeper = Keeper(number, inherits, self._greet, self._joined, self._left, self._room)
             self._keepers.append(keeper)
             spawn(keeper.run(), f"keep worker {number}")
         await asyncio.gather(*(keeper.serving for keeper in self._keepers))
 
+    def _open_room(self) -> WaitingRoom:
+        """One for all workers. Raises StartError."""
+        assert self._shared is not None
+        limits, metrics = self.settings.limits, self._metrics
+        self._stores = stores = Stores(limits, self._shared.owner(0), lambda _: None)
+        stores.start()
+        return WaitingRoom(
+            stores.state,
+            limits.queue.max_waiting,
+            limits.queue.max_wait,
+            remote=stores.remote,
+            waited=lambda plan, seconds: metrics.queue_wait.observe((plan,), seconds),
+        )
+
     def _greet(self, worker: RemoteWorker) -> None:
         assert worker.channel is not None
         worker.settings = self.settings
-        worker.channel.note("settings", [encode_settings(self.settings), self._push])
+        assert self._shared is not None
+        owner = self._shared.owner(1 + worker.number).number
+        worker.channel.note("settings", [encode_settings(self.settings), self._push, owner])
 
     def _joined(self, worker: RemoteWorker) -> None:
         self._workers.append(worker)
@@ -169,7 +201,8 @@ class Front:
         address, token = self.settings.admin_address, self.settings.admin_token
         if not address.loopback and token is None:
             raise StartError("admin: this address is not loopback, so `admin_token` has to be set")
-        app = admin.make_app(self, token=None if address.loopback else token)
+        keys = AdminKeys(lambda: self.settings)
+        app = admin.make_app(self, keys, token=None if address.loopback else token)
         app.on_response_prepare.append(self._close_behind)
         return app
 
@@ -191,6 +224,8 @@ class Front:
     async def page(self) -> Metrics:
         """The metrics of all workers, living and dead."""
         total = Metrics(__version__)
+        if self._room is not None:
+            show_depths(self._metrics, self.settings, self._room.depths())
         total.absorb(self._metrics.snapshot(), levels=True)
         answered = await self._ask(self._everybody(), lambda worker: worker.snapshot())
         for snapshot in answered:
@@ -235,11 +270,7 @@ class Front:
 
     async def _reload(self) -> None:
         settings = self._load()
-        for name in _FIXED:
-            if getattr(settings, name) != getattr(self.settings, name):
-                raise ConfigError(settings.source, name, _NOT_NOW)
-        if (settings.tls is None) != (self.settings.tls is None):
-            raise ConfigError(settings.source, "tls", _NOT_NOW)
+        self._check_fixed(settings)
         workers = list(self._workers)
         try:
             for worker in workers:
@@ -247,6 +278,9 @@ class Front:
         except (ControlError, StartError, OSError, ValueError) as error:
             await self._ask(workers, lambda worker: worker.discard())
             raise StartError(f"nothing was changed: {error}") from error
+        if self._room is not None:
+            queue = settings.limits.queue
+            self._room.max_waiting, self._room.max_wait_s = queue.max_waiting, queue.max_wait
         self.settings = settings  # a worker that dies now comes back with the new one
         self._drain_s = settings.drain
         for worker in workers:
@@ -254,6 +288,16 @@ class Front:
                 await worker.commit()
             except ControlError:
                 self._give_up(worker)
+
+    def _check_fixed(self, settings: config.Config) -> None:
+        """Raises ConfigError for a change that only a restart can make."""
+        for section, names in (("", _FIXED), ("limits", _FIXED_LIMITS)):
+            new, old = (getattr(each, section) if section else each for each in (settings, self.settings))
+            for name in names:
+                if getattr(new, name) != getattr(old, name):
+                    raise ConfigError(settings.source, f"{section}.{name}".strip("."), _NOT_NOW)
+        if (settings.tls is None) != (self.settings.tls is None):
+            raise ConfigError(settings.source, "tls", _NOT_NOW)
 
     # ── restart ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -272,13 +316,15 @@ class Front:
         assert self._listener is not None
         assert self._admin_socket is not None
         ours, theirs = socket.socketpair()
-        descriptors = [self._listener.fileno(), self._admin_socket.fileno(), theirs.fileno()]
+        assert self._shared is not None
+        sockets = [self._listener.fileno(), self._admin_socket.fileno(), theirs.fileno()]
+        bequest = ",".join(map(str, [*sockets, self._shared.bequest()]))
         with theirs:
             process = await asyncio.to_thread(
                 subprocess.Popen,
                 [sys.executable, "-m", "proxy", *sys.argv[1:]],
-                pass_fds=descriptors,
-                env={**self._environ, _INHERIT: ",".join(map(str, descriptors))},
+                pass_fds=[*sockets, self._shared.fd],
+                env={**self._environ, _INHERIT: bequest},
             )
         serving = asyncio.get_running_loop().create_future()
         ours.setblocking(False)
@@ -405,11 +451,17 @@ class Front:
             keeper.terminate()
         if self._admin_runner is not None:
             await self._admin_runner.cleanup()
+        if self._room is not None:
+            await self._room.close()
+        if self._stores is not None:
+            await self._stores.close()
         for sock, address in (
             (self._listener, self.settings.listen_address),
             (self._admin_socket, self.settings.admin_address),
         ):
             listen.close(sock, address, keep_path=self._handover is not None or self._guest)
+        if self._shared is not None:
+            self._shared.close()
         self._sink.attach(None)
 
     # ── what a person reads ──────────────────────────────────────────────────────────────────────────────
@@ -463,11 +515,12 @@ class _AsWorker(LocalWorker):
 
 def _inherited(
     environ: MutableMapping[str, str],
-) -> tuple[socket.socket, socket.socket, socket.socket] | None:
-    """The sockets of the generation before, if this one was started by a restart."""
+) -> tuple[tuple[socket.socket, socket.socket, socket.socket], str] | None:
+    """The sockets and the counters of the generation before, if this one was started by a restart."""
     named = environ.pop(_INHERIT, None)
     if named is None:
         return None
-    listener, admin_socket, handover = (socket.socket(fileno=int(number)) for number in named.split(","))
+    *numbers, counters = named.split(",")
+    listener, admin_socket, handover = (socket.socket(fileno=int(number)) for number in numbers)
     handover.setblocking(False)
-    return listener, admin_socket, handover
+    return (listener, admin_socket, handover), counters

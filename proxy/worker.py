@@ -12,7 +12,11 @@ import msgspec
 from proxy import config, log
 from proxy.control import Channel
 from proxy.errors import StartError
+from proxy.permit import Direct
 from proxy.server import Server
+from proxy.shared import Owner
+from proxy.slots_remote import RemoteRoom
+from proxy.stores import Stores
 from proxy.tasks import spawn
 from proxy.workers import LocalWorker, answer_worker_verb
 
@@ -25,13 +29,14 @@ class WorkerProcess:
     """The settings come first over the channel; when the channel ends (the supervisor died), so does this."""
 
     def __init__(self) -> None:
-        self._settings: asyncio.Future[tuple[config.Config, bool]] = (
+        self._settings: asyncio.Future[tuple[config.Config, bool, int]] = (
             asyncio.get_running_loop().create_future()
         )
         self._stop: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._local: LocalWorker | None = None
+        self._room: RemoteRoom | None = None
 
-    async def run(self, control: socket.socket, listener: socket.socket) -> None:
+    async def run(self, control: socket.socket, listener: socket.socket, counters: int) -> None:
         channel = await Channel.open(control, self._answer, self._heard)
         channel.closed.add_done_callback(lambda _: self._end(0.0))
         loop = asyncio.get_running_loop()
@@ -43,14 +48,14 @@ class WorkerProcess:
         if not self._settings.done():
             channel.close()  # the supervisor died, or changed its mind, before its first word
             return
-        settings, push = self._settings.result()
+        settings, push, owner = self._settings.result()
         sink, request_log = log.configure(
             path=settings.log.file, level=settings.log.level, text=settings.log.format == "text"
         )
-        server = Server(settings, sink, request_log, push=push)
+        server = Server(settings, sink, request_log, Owner(counters, owner), push=push)
         self._local = local = LocalWorker(server)
         try:
-            await server.start(listener)
+            await server.start(listener, lambda stores: self._make_room(channel, stores, settings))
         except (StartError, OSError) as error:
             channel.note("failed", str(error))
             channel.close()
@@ -66,6 +71,11 @@ class WorkerProcess:
         sink.close()
         channel.close()
 
+    def _make_room(self, channel: Channel, stores: Stores, settings: config.Config) -> RemoteRoom:
+        direct = Direct(stores.state, remote=stores.remote)
+        self._room = RemoteRoom(channel, direct, settings.limits.queue.max_wait)
+        return self._room
+
     async def _speak(self, channel: Channel, server: Server) -> None:
         while True:
             channel.note("figures", msgspec.msgpack.encode(server.snapshot()))
@@ -80,9 +90,11 @@ class WorkerProcess:
         return await answer_worker_verb(self._local, verb, payload)
 
     def _heard(self, verb: str, payload: Any) -> None:
-        if verb == "settings":
-            raw, push = payload
-            self._settings.set_result((msgspec.msgpack.decode(raw, type=config.Config), push))
+        if verb.startswith("queue.") and self._room is not None:
+            self._room.heard(verb, payload)
+        elif verb == "settings":
+            raw, push, owner = payload
+            self._settings.set_result((msgspec.msgpack.decode(raw, type=config.Config), push, owner))
         elif verb == "drain":
             self._end(payload)
         elif verb == "hurry" and self._local is not None:

@@ -14,6 +14,8 @@ from proxy.control import Channel, ControlError
 from proxy.errors import StartError
 from proxy.metrics import Snapshot
 from proxy.server import Server
+from proxy.slots import WaitingRoom
+from proxy.slots_remote import Door
 
 #: How long a new worker or a new generation may take until it serves.
 START_S = 30.0
@@ -84,24 +86,31 @@ class LocalWorker:
 class RemoteWorker:
     """A process at the other end of a control channel."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, number: int = 0) -> None:
         self.pid = pid
+        self.number = number
         self.started_at = time.monotonic()
         self.heard_at = self.started_at
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.last: Snapshot = {}
         self.settings: config.Config | None = None  # what it was started with
         self.channel: Channel | None = None
+        self._door: Door | None = None
 
-    async def connect(self, sock: socket.socket) -> None:
+    async def connect(self, sock: socket.socket, room: WaitingRoom | None = None) -> None:
+        """room: where its requests wait for slots."""
         self.channel = await Channel.open(sock, self._refuse, self._heard)
+        self._door = None if room is None else Door(self.channel, room)
 
     async def _refuse(self, verb: str, _: Any) -> Any:
         raise ControlError(f"unknown verb {verb!r}")
 
     def _heard(self, verb: str, payload: Any) -> None:
         self.heard_at = time.monotonic()
-        if verb == "ready" and not self.ready.done():
+        if verb.startswith("queue."):
+            if self._door is not None:
+                self._door.heard(verb, payload)
+        elif verb == "ready" and not self.ready.done():
             self.ready.set_result(None)
         elif verb == "failed" and not self.ready.done():
             self.ready.set_exception(StartError(str(payload)))

@@ -38,6 +38,10 @@ METRICS = {
     "headrace_response_bytes": ("counter", set()),
     "headrace_upstream_attempts": ("counter", {"upstream", "result"}),
     "headrace_upstream_in_flight": ("gauge", {"upstream"}),
+    "headrace_limit_decisions": ("counter", {"scope", "result"}),
+    "headrace_queue_depth": ("gauge", {"plan"}),
+    "headrace_queue_wait_seconds": ("histogram", {"plan"}),
+    "headrace_state_store_up": ("gauge", set()),
     "headrace_heartbeats": ("counter", set()),
     "headrace_client_disconnects": ("counter", {"phase"}),
     "headrace_event_loop_lag_seconds": ("histogram", set()),
@@ -52,6 +56,7 @@ STATE = {
     "permits",
     "queued",
     "reservations",
+    "buffered_bytes",
     "upstream_connections",
     "upstream_idle",
     "ledger_pending",
@@ -135,11 +140,13 @@ async def some_traffic(headrace: Headrace) -> None:
 
 async def test_names_kinds_and_labels() -> None:
     """The page is valid, and each family is one of the contract's, with exactly its labels."""
-    async with running(settings_for("mock:")) as headrace:
+    one_place = {"max_in_flight": 1, "queue": {"max_wait": 0.05}}
+    async with running(settings_for("mock:", limits=one_place)) as headrace:
         await some_traffic(headrace)
         caller = await Caller.connect(headrace.port)
         await caller.send(chat("x-mock: hang"))
         await until(lambda: headrace.state["permits"] == 1)
+        assert (await ask(headrace.port, chat())).status == 503
         caller.leave()
         await headrace.quiet()
         await until(lambda: bool(headrace.server.metrics.event_loop_lag.values))

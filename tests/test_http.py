@@ -573,7 +573,7 @@ async def test_all_bodies_over_their_limit() -> None:
             await first.send(
                 line(CHAT, "Host: t", JSON_TYPE, "Content-Length: 1000") + b'{"model":"m"'.ljust(900)
             )
-            await until(lambda: headrace.state["reservations"] == 900)
+            await until(lambda: headrace.state["buffered_bytes"] == 900)
             answer = await ask(headrace.port, with_body(BODY.ljust(800)))
             assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
             assert int(answer.headers["retry-after"]) >= 1
@@ -581,7 +581,7 @@ async def test_all_bodies_over_their_limit() -> None:
             async with asyncio.timeout(5):
                 assert (await first.rest(await first.head())).status == 200
         assert (await ask(headrace.port, with_body(BODY.ljust(800)))).status == 200
-        assert headrace.state["reservations"] == 0
+        assert headrace.state["buffered_bytes"] == 0
 
 
 async def test_body_dribble() -> None:

@@ -4,8 +4,9 @@ from proxy.middleware.auth import auth
 from proxy.middleware.cors import cors
 from proxy.middleware.errors import errors
 from proxy.middleware.guard import guard
+from proxy.middleware.limits import limits
 from proxy.middleware.observe import observe
 from proxy.middleware.request_id import request_id
 
 #: The chain, in order (house rule: a middleware never imports another).
-CHAIN = (request_id, observe, errors, guard, cors, auth)
+CHAIN = (request_id, observe, errors, guard, cors, auth, limits)

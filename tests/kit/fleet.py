@@ -19,7 +19,15 @@ from tests.kit.headrace import ROOT, Command, command, until
 
 _MARK = "HEADRACE_TEST_FLEET"
 #: What has to be zero when nothing is going on.
-LEVELS = ("in_flight", "streams", "permits", "queued", "reservations", "upstream_connections")
+LEVELS = (
+    "in_flight",
+    "streams",
+    "permits",
+    "queued",
+    "reservations",
+    "buffered_bytes",
+    "upstream_connections",
+)
 
 
 def alive(pid: int) -> bool:

@@ -1,0 +1,271 @@
+"""What a caller may use: request rate, tokens, slots. Where a limit is taken, and given back.
+
+In the order of a request (contract, "Limits"): `spend_address` takes from the address; `arrive` from the
+caller's request rate, by the head alone; `take_model_request` and `reserve_tokens` what depends on the body;
+`settle` corrects the tokens once the real usage is known; `seat` holds the slots.
+
+`limits.mode: observe` counts who would be refused and refuses nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from proxy.errors import LimitExceeded, Overloaded, QueueFull, TokensLimited, TooManyInFlight
+from proxy.permit import Direct, Permit, Slots, Ticket, Wanted
+from proxy.state import Charge, Slot, StoreUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from proxy.bucket import Decision
+    from proxy.context import Context
+    from proxy.metrics import Metrics
+    from proxy.schema import Limits, Model, Plan
+    from proxy.state import State
+    from proxy.upstream import Upstream
+
+
+class Reservation(msgspec.Struct):
+    """Tokens that were taken for a request whose real usage is not known yet."""
+
+    charges: tuple[Charge, ...] = ()
+
+
+class Admission:
+    """The limits of one process. state: the counters that are shared; local: those of this machine."""
+
+    def __init__(self, limits: Limits, state: State, local: State, slots: Slots, metrics: Metrics) -> None:
+        self.limits = limits
+        self.state = state
+        self.slots = slots
+        self._own = Direct(state, remote=state is not local)
+        self._local = local
+        self._metrics = metrics
+        self.reserved = 0  # reservations that are not settled yet
+
+    # ── the address ──────────────────────────────────────────────────────────────────────────────────────
+
+    async def spend_address(self, client_ip: str) -> None:
+        """A failed authentication, or a request without one. On this machine only: no store is asked."""
+        per_ip = self.limits.per_ip
+        charge = Charge(f"ip:{client_ip}", per_ip.requests_per_minute, per_ip.burst)
+        decisions = await self._local.take([charge], monotonic())
+        self._judge(("ip",), decisions, LimitExceeded)
+
+    # ── the caller ───────────────────────────────────────────────────────────────────────────────────────
+
+    async def arrive(self, ctx: Context, name: str, plan_name: str, plan: Plan) -> None:
+        """Takes one request of the caller's rate, and of its plan's. Raises LimitExceeded."""
+        scopes, charges = [], []
+        if plan.requests_per_minute is not None:
+            scopes.append("key")
+            charges.append(request_charge(name, plan))
+        if plan.total_requests_per_minute is not None:
+            rate = plan.total_requests_per_minute
+            scopes.append("plan")
+            charges.append(Charge(f"plan:{plan_name}", rate, rate))
+        if not charges:
+            return
+        decisions = await self._take(charges)
+        if plan.requests_per_minute is not None:
+            ctx.allowance["requests"] = decisions[0]
+        self._judge(scopes, decisions, LimitExceeded)
+
+    # ── what the body asks for ───────────────────────────────────────────────────────────────────────────
+
+    async def take_model_request(self, name: str, model: Model) -> None:
+        """One request of the model's own rate. Raises LimitExceeded."""
+        rate = model.requests_per_minute
+        if rate is None:
+            return
+        self._judge(("model",), await self._take([Charge(f"model:{name}", rate, rate)]), LimitExceeded)
+
+    async def reserve_tokens(
+        self, ctx: Context, plan: Plan | None, model: tuple[str, Model], tokens: int
+    ) -> Reservation:
+        """Takes the tokens that a request may cost, at most a full bucket of them. Raises TokensLimited."""
+        model_name, entry = model
+        scopes, charges = [], []
+        if plan is not None and plan.tokens_per_minute is not None and ctx.principal is not None:
+            scopes.append("tokens")
+            charges.append(token_charge(ctx.principal.name, plan, tokens))
+        if entry.tokens_per_minute is not None:
+            rate = entry.tokens_per_minute
+            scopes.append("model")
+            charges.append(Charge(f"model-tokens:{model_name}", rate, rate, min(tokens, rate)))
+        if not charges:
+            return Reservation()
+        decisions = await self._take(charges)
+        if scopes[0] == "tokens":
+            ctx.allowance["tokens"] = decisions[0]
+        self._judge(scopes, decisions, TokensLimited)
+        if not all([decision.allowed for decision in decisions]):
+            return Reservation()  # observed only: nothing was taken
+        self.reserved += 1
+        return Reservation(tuple(charges))
+
+    async def settle(self, reservation: Reservation, tokens: int | None) -> None:
+        """Corrects a reservation by what was really used; a second call does nothing. None: nobody knows,
+        and what was reserved stays spent."""
+        charges, reservation.charges = reservation.charges, ()
+        self.reserved -= bool(charges)
+        if tokens is None:
+            return
+        corrections = [
+            Charge(charge.bucket_id, charge.rate_per_minute, charge.burst, tokens - charge.amount)
+            for charge in charges
+            if tokens != charge.amount
+        ]
+        if corrections:
+            try:
+                await self.state.settle(corrections, monotonic())
+            except StoreUnavailable:
+                pass  # the bucket fills up by itself
+
+    # ── slots ────────────────────────────────────────────────────────────────────────────────────────────
+
+    @asynccontextmanager
+    async def seat(
+        self, ctx: Context, plan: Plan | None, upstreams: Sequence[Upstream], *, low: bool
+    ) -> AsyncIterator[Permit | None]:
+        """The caller's own slot at once or 429; then the machine's and one upstream's together, waiting if
+        need be. They are held to the end of the block. None: observed only, there was none."""
+        async with AsyncExitStack() as held:
+            began_at = monotonic()
+            try:
+                own = await self._own_slot(ctx, plan)
+                if own is not None:
+                    await held.enter_async_context(own)
+                name, priority = ("open", 0)
+                if ctx.principal is not None and plan is not None:
+                    name, priority = ctx.principal.plan, plan.priority
+                permit = await self._shared_slots(self.wanted(upstreams), Ticket(name, priority, low))
+            except StoreUnavailable:
+                raise Overloaded from None
+            finally:
+                ctx.queue_s = monotonic() - began_at
+            if permit is not None:
+                await held.enter_async_context(permit)
+            yield permit
+
+    async def change_seat(self, permit: Permit | None, upstream: Upstream) -> bool:
+        """For a failover: a slot of that upstream instead, if one is free at once."""
+        if permit is None or permit.upstream == upstream.name:
+            return True
+        try:
+            return await self.slots.failover(permit, ((upstream.name, self.slot_of(upstream)),))
+        except StoreUnavailable:
+            return False
+
+    async def left(self, name: str, plan: Plan) -> dict[str, object]:
+        """What a caller could use now, by unit; null is no limit."""
+        now = monotonic()
+        units: dict[str, object] = {"requests": None, "tokens": None, "in_flight": None}
+        try:
+            if plan.requests_per_minute is not None:
+                (decision,) = await self.state.peek([request_charge(name, plan, 0)], now)
+                units["requests"] = _as_document(decision, plan.requests_per_minute)
+            if plan.tokens_per_minute is not None:
+                (decision,) = await self.state.peek([token_charge(name, plan, 0)], now)
+                units["tokens"] = _as_document(decision, plan.tokens_per_minute)
+            if plan.max_in_flight is not None:
+                (taken,) = await self.state.peek_slots([own_slot(name, plan).name], now)
+                left = max(plan.max_in_flight - taken, 0)
+                units["in_flight"] = {"limit": plan.max_in_flight, "remaining": left}
+        except StoreUnavailable:
+            raise Overloaded from None
+        return units
+
+    def wanted(self, upstreams: Sequence[Upstream]) -> Wanted:
+        """The machine's slot, and one of these upstreams'."""
+        most = self.limits.max_in_flight
+        return Wanted(
+            (Slot("machine", most),), tuple([(each.name, self.slot_of(each)) for each in upstreams])
+        )
+
+    def slot_of(self, upstream: Upstream) -> Slot:
+        return Slot(f"upstream:{upstream.name}", upstream.settings.max_in_flight or self.limits.max_in_flight)
+
+    async def _own_slot(self, ctx: Context, plan: Plan | None) -> Permit | None:
+        """Raises TooManyInFlight."""
+        if plan is None or plan.max_in_flight is None or ctx.principal is None:
+            return None
+        slot = own_slot(ctx.principal.name, plan)
+        permit = await self._own.try_now(Wanted((), ((slot.name, slot),)))
+        self._count("in_flight", allowed=permit is not None)
+        if permit is None and self.limits.mode == "enforce":
+            raise TooManyInFlight(1.0)
+        return permit
+
+    async def _shared_slots(self, wanted: Wanted, ticket: Ticket) -> Permit | None:
+        """Raises QueueFull, QueueTimeout, Draining."""
+        if self.limits.mode == "observe":
+            permit = await self.slots.try_now(wanted)
+            self._count("global", allowed=permit is not None)
+            return permit
+        try:
+            permit = await self.slots.enter(wanted, ticket)
+        except QueueFull:
+            self._count("global", allowed=False)
+            raise
+        self._count("global", allowed=True)
+        return permit
+
+    # ── deciding ─────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _take(self, charges: Sequence[Charge]) -> list[Decision]:
+        try:
+            return await self.state.take(charges, monotonic())
+        except StoreUnavailable:
+            raise Overloaded from None  # limits.on_store_failure: closed
+
+    def _judge(
+        self, scopes: Sequence[str], decisions: Sequence[Decision], refusal: type[LimitExceeded]
+    ) -> None:
+        """Counts each decision; the longest wait of those that refuse is the caller's."""
+        wait_s = 0.0
+        for scope, decision in zip(scopes, decisions, strict=True):
+            self._count(scope, allowed=decision.allowed)
+            wait_s = max(wait_s, decision.retry_after_s)
+        if wait_s > 0 and self.limits.mode == "enforce":
+            raise refusal(wait_s)
+
+    def _count(self, scope: str, *, allowed: bool) -> None:
+        refused = "refused" if self.limits.mode == "enforce" else "observed"
+        self._metrics.limit_decisions.add((scope, "allowed" if allowed else refused))
+
+
+def _as_document(decision: Decision, per_minute: int) -> dict[str, object]:
+    return {
+        "per_minute": per_minute,
+        "limit": decision.limit,
+        "remaining": decision.remaining,
+        "reset_seconds": round(decision.reset_after_s, 3),
+    }
+
+
+def request_charge(name: str, plan: Plan, amount: int = 1) -> Charge:
+    """One request of a caller; the plan has a request rate."""
+    assert plan.requests_per_minute is not None
+    return Charge(
+        f"requests:{name}", plan.requests_per_minute, plan.burst or plan.requests_per_minute, amount
+    )
+
+
+def own_slot(name: str, plan: Plan) -> Slot:
+    """A caller's own slot; the plan has a limit of requests in flight."""
+    assert plan.max_in_flight is not None
+    return Slot(f"caller:{name}", plan.max_in_flight)
+
+
+def token_charge(name: str, plan: Plan, tokens: int) -> Charge:
+    """Tokens of a caller, at most a full bucket; the plan has a token rate."""
+    rate = plan.tokens_per_minute
+    assert rate is not None
+    return Charge(f"tokens:{name}", rate, rate, min(tokens, rate))
