@@ -85,7 +85,9 @@ class Jwks:
                 return False
             self._fetching = tasks.spawn(self._fetch(), "jwks refetch")
             self._fetching.add_done_callback(self._fetched)
-        return await asyncio.shield(self._fetching)
+        fetching = self._fetching
+        await asyncio.wait([fetching])
+        return not fetching.cancelled() and fetching.result()
 
     def _fetched(self, _: asyncio.Task[bool]) -> None:
         self._fetching = None

@@ -49,7 +49,9 @@ def parse_order(body: object) -> KeyOrder:
     try:
         return msgspec.convert(body, KeyOrder)
     except msgspec.ValidationError as error:
-        raise OperationError(str(error).replace("`", "").replace("$.", "")) from None
+        # "Expected `str`, got `int` - at `$.name`"
+        problem, _, place = str(error).replace("`", "").partition(" - at $.")
+        raise OperationError(f"{place}: {problem}" if place else problem) from None
 
 
 def id_of(text: str) -> str:

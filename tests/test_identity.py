@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import secrets
+import time
 from decimal import Decimal
 from typing import Any
 
@@ -227,6 +228,14 @@ def test_the_model_allow_list(models: tuple[str, ...], name: str, allowed: bool)
         with pytest.raises(ModelNotAllowed) as caught:
             identity.check_model(principal, name)
         assert (caught.value.status, caught.value.code) == (403, "model_not_allowed")
+
+
+def test_a_long_name_costs_no_more_than_its_length() -> None:
+    """Seven stars against a megabyte: with backtracking this would not end."""
+    principal = Principal(name="key:a", key_id="a", plan="pro", models=("*a*b*a*b*a*b*c",))
+    started = time.perf_counter()
+    assert not identity.may_use_model(principal, "ab" * 500_000)
+    assert time.perf_counter() - started < 1.0
 
 
 @pytest.mark.parametrize(
