@@ -758,9 +758,12 @@ class _Mock:
         try:
             seen.body = await request.read()
             response = await self._answer(request, seen.body)
-        except (asyncio.CancelledError, ConnectionError):
+        except asyncio.CancelledError:
             record.aborted += 1
             raise
+        except ConnectionError:  # a write to somebody who has just left: nothing that a log needs
+            record.aborted += 1
+            return web.Response(status=499)
         else:
             record.completed += 1
             return response

@@ -142,9 +142,12 @@ class Pipe:
 
     def feed(self, data: bytes) -> None:
         """Push: one read of the upstream is one write to the caller."""
-        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._framing else data)
-        if self._unsent() and not self._blocked:
-            self._block()
+        try:
+            self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._framing else data)
+            if self._unsent() and not self._blocked:
+                self._block()
+        except RuntimeError:
+            return  # uvloop, of a caller that has closed in this very turn: the cancellation is on its way
         # What follows is `_observe`, written out: a call costs a tenth of all that Python does per read.
         now = monotonic()
         times = self._times

@@ -71,10 +71,13 @@ class ReshapedPipe(Pipe):
 
     def feed(self, data: bytes) -> None:
         out = self._shaped(data)
-        if out:
-            self._write(b"%x\r\n%b\r\n" % (len(out), out) if self._framing else out)
-            if self._unsent() and not self._blocked:
-                self._block()
+        try:
+            if out:
+                self._write(b"%x\r\n%b\r\n" % (len(out), out) if self._framing else out)
+                if self._unsent() and not self._blocked:
+                    self._block()
+        except RuntimeError:
+            return  # as in Pipe.feed
         self._observe(data)
         self.size += len(out) - len(data)
 

@@ -37,7 +37,9 @@ def descendants(root: type[HeadraceError]) -> list[type[HeadraceError]]:
 
 
 FIXED = [each for each in descendants(HeadraceError) if each not in (BadRequest, Refused)]
-ALL: list[HeadraceError] = [each() for each in FIXED] + [Refused(status) for status in REFUSALS]
+ALL: list[HeadraceError] = [
+    each(0.0101) if issubclass(each, errors.LimitExceeded) else each() for each in FIXED
+] + [Refused(status) for status in REFUSALS]
 
 
 @pytest.mark.parametrize("kind", FIXED)
@@ -102,6 +104,8 @@ def test_events(error: HeadraceError, dialect: Dialect) -> None:
 @pytest.mark.parametrize("error", ALL, ids=lambda error: f"{type(error).__name__}-{error.status}")
 def test_retry_after_where_it_helps(error: HeadraceError) -> None:
     """503 says when to come back; 401 says how to authenticate."""
+    if error.status == 429:
+        assert (error.headers["Retry-After"], error.headers["retry-after-ms"]) == ("1", "11")
     if error.status == 503:
         assert "Retry-After" in error.headers or error.headers.get("x-should-retry") == "false"
     if error.status == 401:

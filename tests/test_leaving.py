@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.kit.callers import Caller, chat, post
-from tests.kit.headrace import until
+from tests.kit.headrace import running, settings_for, until
 from tests.kit.lab import Lab, Way, both, everywhere, hold, lab, plays, response
 from tests.kit.upstreams import DONE, END, HEAD, Call, Script, chunk, event
 
@@ -319,3 +319,24 @@ def _phase(it: Lab) -> str:
     core = it.headrace.server.core
     assert core is not None
     return next((ctx.phase.value for ctx in core.running), "")
+
+
+@pytest.mark.parametrize("leave", [Caller.leave, Caller.reset], ids=["fin", "rst"])
+async def test_leaving_is_no_error(leave: Leave, capfd: pytest.CaptureFixture[str]) -> None:
+    """Readers that leave while bytes are on their way to them leave no line in the log but their own."""
+    async with running(settings_for("mock:")) as headrace:
+
+        async def one(number: int) -> None:
+            caller = await Caller.connect(headrace.port)
+            await caller.send(chat("x-mock: words=400, gap=0.0005"))
+            answer = await caller.head()
+            for _ in range(1 + number % 20):
+                await caller.piece(answer)
+            leave(caller)
+
+        for _ in range(8):
+            await asyncio.gather(*map(one, range(50)))
+        await headrace.quiet()
+        await until(lambda: len(headrace.log_lines()) == 400)
+        assert [line["reason"] for line in headrace.log_lines()] == ["client_gone"] * 400
+    assert '"level":"error"' not in capfd.readouterr().out
