@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -88,13 +89,14 @@ async def free(state: RedisState, *names: str) -> bool:
 
 # ── arithmetic ───────────────────────────────────────────────────────────────────────────────────
 
-RATES = st.one_of(st.integers(1, 10_000_000), st.floats(0.1, 1e6), st.just(0.001))
+#: Of all sizes, and such that sums are often whole seconds.
+RATES = st.one_of(st.integers(1, 10_000_000), st.floats(0.1, 1e6), st.sampled_from([0.001, 60, 120, 600]))
 BURSTS = st.one_of(st.integers(0, 1000), st.integers(1, 10**12))
 CHARGE = st.tuples(st.sampled_from("abc"), RATES, BURSTS, st.floats(0, 1.2))
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["take", "take", "settle", "peek"]),
-        st.one_of(st.floats(0, 30), st.floats(-4000, 4000), st.just(0.0)),
+        st.one_of(st.floats(0, 30), st.floats(-4000, 4000), st.sampled_from([0.0, 0.5])),
         st.lists(CHARGE, min_size=1, max_size=3),
         st.integers(-1, 1),
     ),
@@ -213,6 +215,19 @@ async def test_a_lease_ends_by_the_clock_of_the_server(server: RedisServer) -> N
         await asyncio.sleep(0.1)
         await alive.renew(NONSENSE)
         assert await alive.peek_slots(["a"], NONSENSE) == [1]
+
+
+async def test_what_an_owner_held_before_it_was_gone(server: RedisServer) -> None:
+    """Stays free when it comes back, also if nobody looked in between; what it takes then counts."""
+    async with opened(server.url, 5.0, lease_s=0.2) as state, opened(server.url, 5.0) as other:
+        lost = await state.acquire([Slot("a", 5)], NONSENSE)
+        assert lost is not None
+        await asyncio.sleep(0.3)
+        assert await state.acquire([Slot("b", 5)], NONSENSE) is not None
+        assert await other.peek_slots(["a", "b"], NONSENSE) == [0, 1]
+        await state.release(lost)
+        assert await state.acquire([Slot("a", 5)], NONSENSE) is not None
+        assert await other.peek_slots(["a", "b"], NONSENSE) == [1, 1]
 
 
 async def test_every_key_ends_and_tells_nothing(server: RedisServer, state: RedisState) -> None:
@@ -581,6 +596,19 @@ async def test_answers_that_are_none(proxy: Chaos, remote: RedisState, answer: b
     await until(lambda: works(remote))
 
 
+async def test_an_answer_to_something_else_ends_its_connection(proxy: Chaos, remote: RedisState) -> None:
+    """The next one on it may be as wrong. A refusal is an answer, and its connection is kept."""
+    await until(lambda: works(remote))
+    for answer, opened_anew in ((b"$3\r\nabc\r\n", 5), (b"-ERR no\r\n", 0)):
+        await proxy.become(Fault())
+        await remote.probe()
+        before = proxy.accepted
+        await proxy.become(Fault(garbage=answer))
+        for _ in range(6):
+            await fails_in_time(remote.probe())
+        assert proxy.accepted - before == opened_anew
+
+
 async def test_no_answer_belongs_to_another_question(proxy: Chaos, server: RedisServer) -> None:
     """Answers that come late, in part or never: each budget always says its own sum."""
     sums = {f"budget:{number}": 1000 + number for number in range(40)}
@@ -620,15 +648,28 @@ async def test_restarted_between_two_calls(server: RedisServer) -> None:
 
 
 async def test_a_loop_that_is_held_up(server: RedisServer) -> None:
-    """Our own delay is not Redis's: its answer lies in the socket when the budget is over."""
-    async with opened(server.url) as state:
-        await until(lambda: works(state))
-        for _ in range(20):
+    """Our own delay is not Redis's: its answer, 30 ms late, lies in the socket when the loop comes back."""
+    loop = asyncio.get_running_loop()
+    here, there = socket.socketpair()
+
+    def hold_up() -> None:
+        here.recv(1)
+        time.sleep(BUDGET_S * 1.5)
+
+    loop.add_reader(here, hold_up)
+    async with opened(server.url) as state, server.client() as client:
+        for _ in range(10):
+            await until(lambda: works(state))
+            sleep = asyncio.create_task(client.execute_command("DEBUG", "SLEEP", "0.03"))
+            await asyncio.sleep(0.005)
             task = asyncio.create_task(state.take([Charge("a", 6000, 100)], NONSENSE))
-            for _ in range(4):
-                await asyncio.sleep(0)
-            time.sleep(BUDGET_S * 1.5)  # noqa: ASYNC251 - the loop is held up, that is what is tested
+            await asyncio.sleep(0.001)
+            there.send(b"x")
             assert (await task)[0].limit == 100
+            await sleep
+    loop.remove_reader(here)
+    here.close()
+    there.close()
 
 
 async def test_more_calls_than_connections(server: RedisServer) -> None:
