@@ -129,6 +129,9 @@ def known_plan(plan: str, plans: Iterable[str]) -> str:
 
 
 def _entries(what: str, written: str | list[str] | None) -> list[str]:
+    """No model's name in a list is cut at its comma; addresses have none, and a flag may be repeated."""
+    if what == "ip" and isinstance(written, list):
+        written = ",".join(written)
     parts = written.split(",") if isinstance(written, str) else written or []
     entries = list(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if len(entries) > _MAX_ENTRIES:

@@ -275,15 +275,15 @@ async def test_an_order_as_json(store: KeyStore) -> None:
     """Lists and numbers as well as the text of the flags; null is as good as nothing."""
     body = {
         "name": "app",
-        "models": ["a", "b-*"],
-        "ip": ["10.0.0.1"],
+        "models": ["a,1", "b-*"],
+        "ip": ["10.0.0.1", "10.0.0.2,10.0.0.1"],
         "budget_day": 0.1,
         "budget_month": 7,
         "expires": None,
     }
     record, _ = await create(store, PEPPER, PLANS, parse_order(body), NOW)
     shown = document(record)
-    assert (shown["models"], shown["ip"]) == (["a", "b-*"], ["10.0.0.1/32"])
+    assert (shown["models"], shown["ip"]) == (["a,1", "b-*"], ["10.0.0.1/32", "10.0.0.2/32"])
     assert (shown["budget_day"], shown["budget_month"], shown["expires"]) == ("0.1", "7", None)
     msgspec.json.encode(shown)
 
