@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from proxy.state import State
     from proxy.upstream import Upstream
 
+#: The plan that callers without one wait under: a label of the queue's metrics.
+OPEN_PLAN = "open"
+
 
 class Reservation(msgspec.Struct):
     """Tokens that were taken for a request whose real usage is not known yet."""
@@ -142,7 +145,7 @@ class Admission:
                 own = await self._own_slot(ctx, plan)
                 if own is not None:
                     await held.enter_async_context(own)
-                name, priority = ("open", 0)
+                name, priority = OPEN_PLAN, 0
                 if ctx.principal is not None and plan is not None:
                     name, priority = ctx.principal.plan, plan.priority
                 permit = await self._shared_slots(self.wanted(upstreams), Ticket(name, priority, low))

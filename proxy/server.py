@@ -19,7 +19,7 @@ import structlog
 from aiohttp import web
 
 from proxy import __version__, config, handlers, headers, mock, schema, wire
-from proxy.admission import Admission
+from proxy.admission import OPEN_PLAN, Admission
 from proxy.authenticator import Authenticator
 from proxy.context import CONTEXT, CORE, Context, Phase
 from proxy.core import Core
@@ -349,8 +349,9 @@ MakeSlots = Callable[[Stores], Slots]
 
 
 def show_depths(metrics: Metrics, settings: config.Config, depths: Mapping[str, int]) -> None:
-    """Plans without anybody waiting are 0, not missing."""
-    for plan in settings.plans:
+    """Plans without anybody waiting are 0, not missing; one that a reload has removed may still have some."""
+    metrics.queue_depth.values.clear()
+    for plan in (OPEN_PLAN, *settings.plans, *depths):
         metrics.queue_depth.set((plan,), depths.get(plan, 0))
 
 
