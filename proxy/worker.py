@@ -87,7 +87,10 @@ class WorkerProcess:
 
     async def _answer(self, verb: str, payload: Any) -> Any:
         assert self._local is not None
-        return await answer_worker_verb(self._local, verb, payload)
+        answer = await answer_worker_verb(self._local, verb, payload)
+        if verb == "commit" and self._room is not None:  # it gives up on a room that is silent for longer
+            self._room.max_wait_s = self._local.server.core.config.limits.queue.max_wait
+        return answer
 
     def _heard(self, verb: str, payload: Any) -> None:
         if verb.startswith("queue.") and self._room is not None:
