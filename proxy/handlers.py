@@ -16,7 +16,15 @@ from proxy.admission import Reservation
 from proxy.context import CONTEXT, CORE, Context, Phase
 from proxy.core import Core
 from proxy.endpoints import Endpoint, Model
-from proxy.errors import BadRequest, Draining, ModelNotAllowed, ModelNotFound, NotFound, Refused
+from proxy.errors import (
+    BadRequest,
+    Draining,
+    InvalidCredential,
+    ModelNotAllowed,
+    ModelNotFound,
+    NotFound,
+    Refused,
+)
 from proxy.forward import Forwarding, Job
 from proxy.intake import HeldBody
 from proxy.peek import Peek, peek, with_model
@@ -76,7 +84,7 @@ async def forward_body(
     ctx.model = None if name is None else "other"  # until it is known to be configured: a closed set
     ctx.model, targets = core.route(name)
     _check_model(ctx.principal, name)
-    plan = core.plan_of(ctx.principal)
+    plan = _plan_of(core, ctx.principal)
     reservation = await _reserve(core, ctx, plan, body, asked)
     try:
         upstreams = [upstream for upstream, _ in targets]
@@ -95,6 +103,14 @@ async def forward_body(
             return await forwarding.run(job, [upstream for upstream, _ in targets])
     finally:
         await core.admission.settle(reservation, ctx.used_tokens())
+
+
+def _plan_of(core: Core, principal: Principal | None) -> Plan | None:
+    """Raises InvalidCredential: a reload took the plan away while the body came."""
+    try:
+        return core.plan_of(principal)
+    except KeyError:
+        raise InvalidCredential from None
 
 
 def _check_model(principal: Principal | None, name: str | None) -> None:

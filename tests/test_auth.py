@@ -15,7 +15,7 @@ import jwt
 import pytest
 
 from tests.kit.callers import Answer, Caller, ask, chat, post
-from tests.kit.fleet import fleet, summed
+from tests.kit.fleet import fleet, summed, write
 from tests.kit.headrace import settings_for, until
 from tests.kit.keys import auth_section, bearer, make_key, revoke_key
 from tests.kit.lab import PLAIN, Lab, lab, plays, response
@@ -243,7 +243,7 @@ async def test_tokens(tmp_path: Path) -> None:
         "not yet": (token(nbf=time.time() + 600), 401, "invalid_token"),
         "unknown plan": (token(plan="gold"), 401, "invalid_token"),
         "signature": (token()[:-4] + "AAAA", 401, "invalid_token"),
-        "none": (jwt.encode({"sub": "a"}, None, algorithm="none"), 401, "invalid_token"),
+        "none": (jwt.encode({"sub": "a"}, "", algorithm="none"), 401, "invalid_token"),
     }
     async with guarded(tmp_path, auth={**auth_section(tmp_path), "jwt": JWT_SECTION}) as it:
         for name, (text, status, wanted) in rows.items():
@@ -339,6 +339,23 @@ async def test_rotation(tmp_path: Path) -> None:
         assert "revoked" in document["error"]["message"]
 
 
+async def test_a_plan_that_is_taken_away_while_the_body_comes(tmp_path: Path) -> None:
+    """The caller was known when its head came; now it has no limits that could be applied."""
+    key = await make_key(tmp_path, plan="fast")
+    async with scripted(plays(OK)) as upstream:
+        settings = settings_for(upstream.url, auth=auth_section(tmp_path))
+        async with fleet(tmp_path, {**settings, "plans": {"fast": {}}}) as running, asyncio.timeout(30):
+            head, _, body = ask_json(bearer(key), "Expect: 100-continue").partition(b"\r\n\r\n")
+            async with await Caller.connect(running.port) as caller:
+                await caller.send(head + b"\r\n\r\n")
+                assert (await caller.head()).status == 100  # it is known, and its body is waited for
+                write(running.file, settings)
+                assert (await running.admin("POST", "/admin/reload")).status == 200
+                answer = await caller.ask(body)
+        assert (answer.status, code(answer)) == (401, "invalid_api_key")
+        assert not upstream.calls
+
+
 async def answers(it: Lab, key: str, status: int) -> None:
     """Waits until a key is answered with a status."""
     async with asyncio.timeout(5):
@@ -392,7 +409,7 @@ async def test_keys_by_the_admin_listener(tmp_path: Path) -> None:
         (b"{", "object"),
         (b"", "object"),
     ],
-    ids=str,
+    ids=range(10),
 )
 async def test_an_order_with_a_mistake_is_told_which(tmp_path: Path, document: Any, says: str) -> None:
     async with guarded(tmp_path) as it:

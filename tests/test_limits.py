@@ -156,7 +156,7 @@ def used_by(answer: Answer) -> int:
 async def test_tokens_are_reserved_and_then_settled(tmp_path: Path, stream: bool) -> None:
     async with limited(tmp_path, {"tokens_per_minute": RATE}) as (headrace, key):
         began_at = time.monotonic()
-        options = {"stream_options": {"include_usage": True}} if stream else {}
+        options: dict[str, Any] = {"stream_options": {"include_usage": True}} if stream else {}
         request = chat(bearer(key), stream=stream, max_tokens=400, **options)
         answer = await ask(headrace.port, request)
         assert answer.status == 200
