@@ -48,7 +48,7 @@ class AdminKeys:
     async def _create(self, request: web.Request, store: KeyStore) -> object:
         try:
             order = parse_order(msgspec.json.decode(await request.read()))
-        except msgspec.DecodeError:
+        except (ValueError, RecursionError):
             raise OperationError("expected a JSON object") from None
         settings = self._settings()
         return key_commands.document(

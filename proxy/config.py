@@ -19,6 +19,7 @@ import msgspec
 from msgspec import inspect
 
 from proxy.address import Address, parse_address
+from proxy.patterns import compile_pattern, is_pattern
 from proxy.schema import MOCK_URL, SHIPPED_PLANS, Model, Settings
 from proxy.yamlstruct import ConfigError, Reader, join, read_yaml, show, suggest
 
@@ -57,7 +58,7 @@ class Config(Settings, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def _patterns(self) -> tuple[tuple[re.Pattern[str], str], ...]:
-        return tuple((_pattern(name), name) for name in self.models if "*" in name or "?" in name)
+        return tuple((compile_pattern(name), name) for name in self.models if is_pattern(name))
 
     def match_model(self, name: str) -> tuple[str, Model] | None:
         """The configured name (the label of metrics) and the model for what a caller asked for."""
@@ -68,15 +69,6 @@ class Config(Settings, frozen=True, kw_only=True, dict=True):
             if pattern.fullmatch(name):
                 return configured, self.models[configured]
         return None
-
-
-def _pattern(glob: str) -> re.Pattern[str]:
-    """`*` and `?` only. Atomic groups keep it linear: the name is the caller's, and may be megabytes long."""
-    first, *rest = (re.escape(part).replace(r"\?", ".") for part in glob.split("*"))
-    if not rest:
-        return re.compile(first, re.DOTALL)
-    middle = "".join(f"(?>.*?{part})" for part in rest[:-1] if part)
-    return re.compile(f"{first}{middle}.*{rest[-1]}", re.DOTALL)
 
 
 # ── checks between values ───────────────────────────────────────────────────────────────────────────────
