@@ -171,7 +171,7 @@ async def test_a_killed_nodes_slots_come_back_within_the_lease(tmp_path: Path, s
 async def test_nothing_secret_is_in_redis(tmp_path: Path, server: RedisServer) -> None:
     auth = {"mode": "required", "database": f"sqlite:{tmp_path}/keys.db"}
     plans = {"basic": {"requests_per_minute": 100, "tokens_per_minute": 10**6, "max_in_flight": 5}}
-    sections = {
+    sections: dict[str, Any] = {
         "auth": {**auth, "jwt": {"algorithms": ["HS256"], "secret": CANARY * 4}},
         "plans": plans,
         "upstream": {"api_key": f"{CANARY}-upstream"},
