@@ -364,4 +364,4 @@ async def test_two_workers_allow_no_more_than_one_would(tmp_path: Path, seconds:
     print(f"\n{len(statuses)} asked in {took_s:.2f} s, {allowed} allowed of at most {most}")
     assert set(statuses) == {200, 429}
     assert allowed <= most
-    assert allowed >= most - 2  # nor fewer: the last one may still have been on its way
+    assert allowed >= (20 + most) // 2  # nor far fewer: what comes back is used
