@@ -4,7 +4,8 @@ No event is parsed while it passes. The scanner keeps the last few kilobytes and
 
 - per read, one substring search: has the terminator of this dialect come by?
 - per read until it is answered: was there a first token (content, reasoning or a tool call)?
-- once, at the end: is this an event boundary, was there a finish_reason, was there an in-band error?
+- once, at the end: is this an event boundary, was there a finish_reason, was there an in-band error, what
+  was reported as used?
 
 Everything is anchored to line starts (`data:` or `event:`), and JSON strings cannot hold a bare quote or a
 line end, so text that merely talks about `[DONE]` or `"error"` is never mistaken for the real thing. The
@@ -13,11 +14,13 @@ answers do not depend on how the bytes were cut into reads (tests/test_sse.py dr
 
 from __future__ import annotations
 
+import math
 import re
 
 import msgspec
 
 from proxy.errors import Dialect
+from proxy.usage import KEY, Report, Usage, estimate, latest, line_start, only_null, unfinished
 
 #: A usage or error event is a few hundred bytes; the rest is slack for a long last content event.
 _KEEP = 2048
@@ -49,14 +52,20 @@ _TERMINATORS: dict[Dialect, re.Pattern[bytes]] = {
     ),
 }
 
-# The first delta that is worth showing, in all three dialects; a role-only chunk has "content":"".
+# The first delta that is worth showing, in all three dialects; a role-only chunk has "content":"", and may
+# have "tool_calls":[].
+_SHOWN = rb"content|refusal|reasoning|reasoning_content|thinking|text|delta|arguments|partial_json"
 _FIRST_TOKEN = re.compile(
-    rb'"(?:content|reasoning|reasoning_content|thinking|text|delta|arguments|partial_json)": ?"[^"]'
-    rb'|"(?:tool_calls|function_call)": ?[\[{]|"type": ?"tool_use"'
+    rb'"(?:' + _SHOWN + rb')": ?"[^"]'
+    rb'|"tool_calls": ?\[ ?\{|"function_call": ?\{|"type": ?"[a-z_]{0,24}(?:tool_use|_call)"'
 )
+_TEXT = re.compile(rb'"(?:' + _SHOWN + rb')": ?"((?:[^"\\]|\\.)+)"')
+# Responses opens with events that repeat the request: its texts are not the answer's.
+_PRELUDE = re.compile(rb'"type": ?"response\.(?:created|queued|in_progress)"')
 _FIRST_TOKEN_REACH = 48  # a match is at most this long: how far to look back over a cut
 _FINISH_HINTS = (b'"finish_reason":"', b'"finish_reason": "')  # the same, without a regex
 _BLANK_LINE = re.compile(rb"\n\r?\n|\r\r")
+_LINE_END = re.compile(rb"[\r\n]")
 _FINISH_REASON = re.compile(rb'"finish_reason": ?"[^"]')
 _IN_BAND_ERROR = re.compile(
     rb"(?:\A|[\r\n])(?:event: ?error[\r\n]"
@@ -74,12 +83,17 @@ class Scanner:
 
     __slots__ = (
         "_announced",
+        "_announced_at",
         "_calm",
+        "_dialect",
         "_failed",
         "_finished",
+        "_gone",
         "_hint",
+        "_limit",
         "_needles",
         "_reach",
+        "_report",
         "_tail",
         "_terminator",
         "_unread",
@@ -88,12 +102,17 @@ class Scanner:
     )
 
     def __init__(self, dialect: Dialect, *, expects_terminator: bool) -> None:
+        self._dialect = dialect
         self._unread: list[bytes] = []
         self._tail = bytearray()
+        self._limit = _LIMIT
+        self._gone = 0  # bytes that are no longer in the tail
+        self._report: Report | None = None  # what they reported
         self._needles = _NEEDLES[dialect] if expects_terminator else ()
         self._reach = max((len(needle) for needle in self._needles), default=0)
         self._terminator = _TERMINATORS[dialect]
         self._announced = False
+        self._announced_at = 0  # where that ends, in bytes of the stream
         self._finished = False
         self._failed = False
         self._calm = False  # true between the first token and the announcement of the terminator
@@ -125,26 +144,48 @@ class Scanner:
         data = self._unread[0] if len(self._unread) == 1 else b"".join(self._unread)
         self._unread.clear()
         tail = self._tail
-        if len(tail) > _LIMIT:
+        if len(tail) > self._limit:
             self._forget()
         fresh = len(tail)
         tail += data
         start = fresh - self._reach if fresh > self._reach else 0
         for needle in self._needles:
             if tail.find(needle, start) >= 0:
-                self._announced = self._announced or self._terminator.search(tail) is not None
+                self._announce()
         if self._calm and not self._announced:
             return False
         self._look(fresh)
         return True
 
+    def _announce(self) -> None:
+        if not self._announced and (found := self._terminator.search(self._tail)):
+            self._announced = True
+            self._announced_at = self._gone + found.end()
+
     def _look(self, fresh: int) -> None:
         if not self.first_token:
-            start = max(0, fresh - _FIRST_TOKEN_REACH)
-            self.first_token = _FIRST_TOKEN.search(self._tail, start) is not None
+            self.first_token = self._shows_something(max(0, fresh - _FIRST_TOKEN_REACH))
         if self._announced and not self.terminated:
-            self.terminated = self._ends_stream()
+            self.terminated = self._ends_stream(fresh)
         self._calm = self.first_token and not self._announced
+
+    def _shows_something(self, start: int) -> bool:
+        """Is there content, reasoning or a tool call from here on, in a line that is the answer's own?"""
+        tail = self._tail
+        while match := _FIRST_TOKEN.search(tail, start):
+            if not self._is_idle(line_start(tail, match.start()), match.start()):
+                return True
+            line_end = _LINE_END.search(tail, match.end())
+            if line_end is None:
+                return False
+            start = line_end.start()
+        return False
+
+    def _is_idle(self, line: int, end: int) -> bool:
+        """Is this line a comment, or one that repeats the request?"""
+        if self._tail.startswith(b":", line):
+            return True
+        return not self.first_token and _PRELUDE.search(self._tail, line, end) is not None
 
     def _forget(self) -> None:
         """Makes room. What is wanted only at the end is looked for in what goes; substring searches first,
@@ -154,15 +195,27 @@ class Scanner:
             self._finished = True
         if not self._failed and tail.find(b"error") >= 0:
             self._failed = _IN_BAND_ERROR.search(tail) is not None
-        tail[: len(tail) - _KEEP] = b" "  # so that the tail's start is no line start
+        cut = self._remember(len(tail) - _KEEP)
+        # So that the tail's start is no line start; a comment stays one.
+        tail[:cut] = b":" if self._is_idle(line_start(tail, cut), cut) else b" "
+        self._gone += cut - 1
+        self._limit = max(_LIMIT, 2 * len(tail))
 
-    def _ends_stream(self) -> bool:
+    def _remember(self, cut: int) -> int:
+        """Takes the usage out of what goes; an event that still brings some is kept, from there on."""
+        tail = self._tail
+        if only_null(tail, cut + len(KEY) - 1):
+            return cut
+        self._report = latest(self._dialect, tail, self._report)
+        return min(cut, unfinished(tail))
+
+    def _ends_stream(self, fresh: int) -> bool:
         # [DONE] counts as soon as it is there, with or without its blank line (contract 6.3); the other two
         # terminators are events with data of their own, which has to arrive as well.
         if self._needles == _NEEDLES[Dialect.OPENAI]:
             return True
-        found = self._terminator.search(self._tail)
-        return _BLANK_LINE.search(self._tail, found.end() if found else 0) is not None
+        start = max(self._announced_at - self._gone, fresh - 2, 0)  # a blank line has three bytes at most
+        return _BLANK_LINE.search(self._tail, start) is not None
 
     def at_boundary(self) -> bool:
         """Is the stream between two events, so that a comment or an event may be added?
@@ -205,3 +258,26 @@ class Scanner:
         """Did the upstream report an error inside the stream?"""
         self._read()
         return self._failed or _IN_BAND_ERROR.search(self._tail) is not None
+
+    def usage(self) -> Usage | None:
+        """What the stream reported so far, None if nothing; for its end."""
+        report = self._latest()
+        return report.usage() if report is not None else None
+
+    def estimate(self, prompt_tokens: int) -> Usage:
+        """Flagged: for a stream that ended without a report. `prompt_tokens` is the estimate of its request.
+
+        The tail stands for the whole. An event is one token with most servers and many with others: so many
+        as it has lines of data, or a quarter of the bytes of its texts if that is more.
+        """
+        report = self._latest()
+        tail = self._tail
+        if not self.first_token:
+            return estimate(report, prompt_tokens, 0)
+        texts = sum(map(len, _TEXT.findall(tail)))
+        tokens = max(tail.count(b"data:"), texts / 4) * (self._gone + len(tail)) / len(tail)
+        return estimate(report, prompt_tokens, math.ceil(tokens))
+
+    def _latest(self) -> Report | None:
+        self._read()
+        return latest(self._dialect, self._tail, self._report)

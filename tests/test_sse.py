@@ -155,11 +155,53 @@ def test_boundaries(stream: bytes, boundary: bool) -> None:
         (ANTHROPIC, b'data: {"type":"content_block_start","content_block":{"type":"tool_use"}}', True),
         (RESPONSES, TEXT, True),
         (RESPONSES, b'event: response.created\ndata: {"type":"response.created","response":{}}', False),
+        (OPENAI, b': data: {"choices":[{"delta":{"content":"x"}}]}', False),
+        (OPENAI, b'data: {"choices":[{"delta":{"content":null,"tool_calls":[]}}]}', False),
+        (OPENAI, b'data: {"choices":[{"delta":{"content":"","refusal":"No"}}]}', True),
+        (ANTHROPIC, b'data: {"content_block":{"type":"server_tool_use","id":"t"}}', True),
+        (ANTHROPIC, b'data: {"content_block":{"type":"text","text":""}}', False),
+        (RESPONSES, b'data: {"type":"response.created","response":{"instructions":[{"text":"x"}]}}', False),
+        (RESPONSES, b'data: {"type": "response.in_progress","response":{"metadata":{"text":"x"}}}', False),
+        (RESPONSES, b'data: {"type":"response.output_item.added","item":{"type":"function_call"}}', True),
+        (RESPONSES, b'data: {"type":"response.output_item.added","item":{"type":"message"}}', False),
     ],
 )
 def test_first_tokens(dialect: Dialect, event: bytes, first: bool) -> None:
     """Something worth showing: text, thoughts, a tool call; not a role or a count."""
     assert after(dialect, [events(event)])[1] == first
+
+
+@pytest.mark.parametrize("size", [1, 700, 10**6])
+@pytest.mark.parametrize(
+    "opening",
+    [
+        b'data: {"type":"response.created","response":{"instructions":[{"text":"' + b"x" * 9000 + b'"},%b]}}',
+        b": %b" + b"x" * 9000 + b"%b",
+    ],
+    ids=["prelude", "comment"],
+)
+def test_no_first_token_in_what_is_not_the_answer(opening: bytes, size: int) -> None:
+    """A request that is repeated, or a comment, however long it is; the answer's own first event is one."""
+    said = b'{"text":"said"}'
+    stream = events(opening.replace(b"%b", said))
+    scanner = Scanner(RESPONSES, expects_terminator=True)
+    for piece in cut(stream, [size]):
+        scanner.feed(piece)
+    assert not scanner.first_token
+    assert scanner.feed(events(TEXT))
+    assert scanner.first_token
+
+
+@pytest.mark.parametrize("dialect", [ANTHROPIC, RESPONSES])
+def test_a_large_last_event_in_small_reads(dialect: Dialect) -> None:
+    """The end of its event is looked for in what is new: 100 KB byte by byte are no square."""
+    last = {ANTHROPIC: STOP, RESPONSES: COMPLETED}[dialect][:-1] + b',"x":"' + b"y" * 100_000 + b'"}'
+    scanner = Scanner(dialect, expects_terminator=True)
+    for piece in cut(last + b"\r\n\r", [1]):
+        scanner.feed(piece)
+    assert not scanner.terminated
+    scanner.feed(b"\n")
+    assert scanner.terminated
 
 
 @pytest.mark.parametrize(
