@@ -436,14 +436,17 @@ async def test_a_killed_worker_gives_back_what_it_holds_and_waits_for(tmp_path: 
         async with stopped(other):
             await here.holds("held")
             await here.holds("ended")
-            await here.waits("granted")
+            here.crowd.ask("granted")
+            await here.has_depth(1)  # few looks: each waits a second for the one that stands still
             here.desk.open("ended")  # what the room then grants is held by the supervisor
             await until(lambda: "granted" in here.desk.seen)
-            await here.waits("waiting")
+            here.crowd.ask("waiting")
+            await here.has_depth(1)
         survivors = ["one", "two"]
         async with stopped(doomed):
             for name in survivors:
-                await here.waits(name)
+                here.crowd.ask(name)
+            await here.has_depth(3)
             os.kill(doomed, signal.SIGKILL)
         began_at = time.monotonic()
         await until(lambda: set(survivors) <= set(here.desk.seen), LEASE_S * SLACK)
