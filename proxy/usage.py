@@ -36,6 +36,7 @@ _MOST = 2**53
 _TRIES = 32
 #: What is kept of a JSON answer that is too large to hold.
 _JSON_TAIL = 65536
+_NOT_NULL = re.compile(rb'"usage"(?!:null)')
 _BLANK_LINE = re.compile(rb"\n[\r\n]|\r\r")
 
 
@@ -262,12 +263,10 @@ def line_start(tail: bytes | bytearray, at: int) -> int:
 
 def only_null(tail: bytes | bytearray, end: int = sys.maxsize) -> bool:
     """Is every mention of usage before `end` a null, as in all chunks but the last of an OpenAI stream?"""
-    at = tail.rfind(KEY, 0, end)
-    while at >= 0:
-        if not tail.startswith(b":null", at + len(KEY)):
-            return False
-        at = tail.rfind(KEY, 0, at)
-    return True
+    # A regex only where there is a mention: it takes 1.4 times as long as `find`.
+    return (
+        tail.find(KEY, 0, end) < 0 or _NOT_NULL.search(tail, 0, min(end, len(tail)) + len(b":null")) is None
+    )
 
 
 def unfinished(tail: bytes | bytearray) -> int:
