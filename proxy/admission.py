@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from proxy.context import Context
     from proxy.metrics import Metrics
     from proxy.schema import Limits, Model, Plan
-    from proxy.state import State
+    from proxy.stores import Stores
     from proxy.upstream import Upstream
 
 #: The plan that callers without one wait under: a label of the queue's metrics.
@@ -41,14 +41,15 @@ class Reservation(msgspec.Struct):
 
 
 class Admission:
-    """The limits of one process. state: the counters that are shared; local: those of this machine."""
+    """The limits of one process."""
 
-    def __init__(self, limits: Limits, state: State, local: State, slots: Slots, metrics: Metrics) -> None:
+    def __init__(self, limits: Limits, stores: Stores, slots: Slots, metrics: Metrics) -> None:
         self.limits = limits
-        self.state = state
+        self.state = stores.state
         self.slots = slots
-        self._own = Direct(state, remote=state is not local)
-        self._local = local
+        self._own = Direct(stores.state, remote=stores.remote)
+        self._local = stores.local
+        self._machine = stores.machine
         self._metrics = metrics
         self.reserved = 0  # reservations that are not settled yet
 
@@ -189,7 +190,7 @@ class Admission:
         """The machine's slot, and one of these upstreams'."""
         most = self.limits.max_in_flight
         return Wanted(
-            (Slot("machine", most),), tuple([(each.name, self.slot_of(each)) for each in upstreams])
+            (Slot(self._machine, most),), tuple([(each.name, self.slot_of(each)) for each in upstreams])
         )
 
     def slot_of(self, upstream: Upstream) -> Slot:

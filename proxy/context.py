@@ -49,6 +49,7 @@ class Context:
 
     __slots__ = (
         "allowance",
+        "asked_tokens",
         "attempts",
         "bytes_in",
         "bytes_out",
@@ -107,16 +108,18 @@ class Context:
         self.bytes_out = 0
         self.client_ip = ""
         self.usage: Usage | None = None  # None: the answer said nothing
+        self.asked_tokens = 0  # of the prompt, estimated
 
     @property
     def route(self) -> str:
         return self.endpoint.name if self.endpoint is not None else "other"
 
     def used_tokens(self) -> int | None:
-        """Prompt and answer together, for the limits; None: nobody knows."""
-        if not self.reached_upstream:
-            return 0
-        return None if self.usage is None else self.usage.prompt_tokens + self.usage.completion_tokens
+        """Prompt and answer together, for the limits; None: nobody knows. An upstream that failed or refused
+        has used nothing of the caller's."""
+        if self.usage is not None:
+            return self.usage.prompt_tokens + self.usage.completion_tokens
+        return None if self.committed and self.status < 400 else 0
 
     def describe(self, now: float) -> dict[str, Any]:
         """What an operator sees of it. Ages are seconds."""

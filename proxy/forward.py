@@ -323,7 +323,10 @@ class Forwarding:
             if len(body) > WHOLE_LIMIT:
                 raise UpstreamInvalid
             exchange.resume()  # what it held was more than it keeps by itself
-            await self._hold_small(exchange, upstream)
+            try:
+                await self._hold_small(exchange, upstream)
+            except UpstreamInvalid:
+                raise UpstreamCut from None  # it began well
             piece, end = exchange.taken()
             body += piece
         return bytes(body), end
@@ -347,7 +350,7 @@ class Forwarding:
         finally:
             if scanner is not None:
                 self._metrics.inter_chunk.merge((upstream.name,), pipe.gaps, pipe.gaps_s)
-                ctx.usage = scanner.usage()
+                ctx.usage = scanner.usage() or scanner.estimate(ctx.asked_tokens)
             if pipe.heartbeats:
                 self._metrics.heartbeats.add((), pipe.heartbeats)
         return await self._conclude(pipe, exchange.status)

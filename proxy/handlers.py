@@ -85,7 +85,8 @@ async def forward_body(
     ctx.model, targets = core.route(name)
     _check_model(ctx.principal, name)
     plan = _plan_of(core, ctx.principal)
-    reservation = await _reserve(core, ctx, plan, body, asked)
+    ctx.asked_tokens = tokens.estimate_prompt(body)
+    reservation = await _reserve(core, ctx, plan, asked)
     try:
         upstreams = [upstream for upstream, _ in targets]
         async with core.admission.seat(ctx, plan, upstreams, low=_is_low(request)) as permit:
@@ -121,7 +122,7 @@ def _check_model(principal: Principal | None, name: str | None) -> None:
         raise ModelNotAllowed
 
 
-async def _reserve(core: Core, ctx: Context, plan: Plan | None, body: bytes, asked: Peek) -> Reservation:
+async def _reserve(core: Core, ctx: Context, plan: Plan | None, asked: Peek) -> Reservation:
     """What the model's limits and the caller's tokens have to say, before anything waits."""
     entry = core.config.models.get(ctx.model or "")
     if entry is None:
@@ -131,7 +132,7 @@ async def _reserve(core: Core, ctx: Context, plan: Plan | None, body: bytes, ask
     if entry.tokens_per_minute is None and (plan is None or plan.tokens_per_minute is None):
         return Reservation()
     allowed = asked.max_completion_tokens or asked.max_tokens or asked.max_output_tokens
-    wanted = tokens.estimate_prompt(body) + (allowed or entry.max_output) * (asked.n or 1)
+    wanted = ctx.asked_tokens + (allowed or entry.max_output) * (asked.n or 1)
     return await core.admission.reserve_tokens(ctx, plan, (ctx.model, entry), wanted)
 
 

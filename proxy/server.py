@@ -122,7 +122,7 @@ class Server:
                 remote=stores.remote,
                 waited=self.waited,
             )
-        self.core.admission = Admission(limits, stores.state, stores.local, slots, self.metrics)
+        self.core.admission = Admission(limits, stores, slots, self.metrics)
         self.core.authenticator = await _make_authenticator(settings)
 
     def _store_changed(self, up: bool) -> None:

@@ -27,6 +27,8 @@ class Stores:
         self.remote = limits.store != "memory"
         self._guarded = _guarded(limits, self.local, on_change) if self.remote else None
         self.state: State = self._guarded or self.local
+        #: The slots of `limits.max_in_flight` are of one process group, also where it counts in Redis.
+        self.machine = f"machine:{self.local.name}" if self.remote else "machine"
         self._renewing: asyncio.Task[None] | None = None
 
     def start(self) -> None:

@@ -222,7 +222,8 @@ async def test_the_last_good_set_stays(service: Service, fault: str) -> None:
             assert await jwks.refetch() is True
             assert isinstance(jwks.find("new", "RS256"), SigningKey)
             assert jwks.find("old", "RS256") is None
-    assert [line["event"] for line in lines] == ["jwks_failed", "jwks_recovered"]
+    ours = [line["event"] for line in lines if line["event"] != "library"]  # the flooding server's own
+    assert ours == ["jwks_failed", "jwks_recovered"]
 
 
 @pytest.mark.parametrize("fault", ["hangs", "html", "error"])

@@ -167,6 +167,12 @@ class Counters:
         self._slots = Table(self._memory, self._words, self._budgets.end, slots, owners)
         self._come(owner)
 
+    @property
+    def name(self) -> str:
+        """The same for all owners of this file, and for nobody else."""
+        secret = self._memory[_HEADER.size - 16 : _HEADER.size]
+        return blake2b(secret, digest_size=8, person=b"name").hexdigest()
+
     def forget(self, owner: int) -> None:
         """Frees all slots of an owner that is known to be dead, before its lease says so."""
         try:
