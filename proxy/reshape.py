@@ -15,16 +15,13 @@ from proxy.answers import is_event_stream
 from proxy.errors import UpstreamInvalid
 from proxy.headers import RawHeaders, value_of
 from proxy.pipe import Ending, Pipe
+from proxy.sse_events import UnreadableError
 
 #: From status and whole body of an answer that is no stream to the body that the caller gets; raises
 #: UpstreamFailed.
 Rewrite = Callable[[int, bytes], bytes]
 #: The bytes of an answer that has to be known whole before it can be rewritten.
 WHOLE_LIMIT = 2**22
-
-
-class UnreadableError(Exception):
-    """An event stream that cannot be changed, because it is none."""
 
 
 class Transform(Protocol):

@@ -16,7 +16,14 @@ stands in Redis is lost with it: limits begin anew, and requests in flight have 
   owner goes on under a new name, the old one's slots being free after `lease_s`.
 - A caller that is cancelled cuts off nothing. Its verb goes on; a lease that comes too late is given back.
 
-Microseconds a call: see the table at the end of tests/test_state_redis.py.
+Microseconds a call on the same machine, with its task (best of 20 runs of 1,000; 2-core VM with other work,
+Python 3.11, Redis 7.0, redis-py 8.1 without hiredis). About 22 of them are the server's:
+
+    take 1 / 3 buckets              97 / 136      settle 1             81
+    acquire and release 1 / 3       151 / 168     acquire, refused     79
+    spend 2 budgets                 101           settle_spend 2       84
+    peek 3 / peek_slots 3           106 / 84      renew                63
+    take 3, 32 callers at once      107, that is 9,400 a second
 """
 
 from __future__ import annotations
