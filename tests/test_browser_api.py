@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -754,3 +755,29 @@ def test_errors_are_not_rewritten() -> None:
     assert browser_api.content_and_usage(500, b"oops") == b"oops"
     with pytest.raises(UpstreamInvalid):
         browser_api.content_and_usage(200, b"oops")
+
+
+# ── without a key, on a plan ─────────────────────────────────────────────────────────────────────────────
+
+
+async def test_an_address_is_a_caller(tmp_path: Path) -> None:
+    """Where keys are required none is asked for here; the plan is the configured one, for each address."""
+    sections = {
+        "auth": {"mode": "required", "database": f"sqlite:{tmp_path}/keys.db"},
+        "plans": {"pages": {"requests_per_minute": 1, "burst": 2}},
+        "browser_api": {"model": "m", "plan": "pages"},
+        "cors": {"origins": ["https://app.example"]},
+    }
+    async with lab(SHORT, WAY, **sections) as it:
+        request = post(STREAM, QUESTION, "Origin: https://app.example")
+        for left in ("1", "0"):
+            answer = await ask(it.port, request)
+            assert (answer.status, answer.headers["x-ratelimit-remaining-requests"]) == (200, left)
+        refusal = await ask(it.port, request)
+        assert (refusal.status, refusal.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert refusal.headers["access-control-allow-origin"] == "https://app.example"
+        assert int(refusal.headers["retry-after"]) >= 1
+        other = post(STREAM, QUESTION, "X-Forwarded-For: 192.0.2.7")
+        assert (await ask(it.port, other)).status == 200
+        assert len(it.upstream.calls) == 3
+        assert (await it.line(4))["plan"] == "pages"
