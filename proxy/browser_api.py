@@ -83,7 +83,18 @@ class Question(msgspec.Struct, frozen=True):
     reshape: Reshape | None
 
 
+class _Unread(msgspec.Struct):
+    """How many messages there are, without reading them."""
+
+    messages: list[msgspec.Raw]
+
+
 _page = msgspec.json.Decoder(_Page)
+_unread = msgspec.json.Decoder(_Unread)
+#: Reading a million messages takes half a second, on the event loop, and anybody may send them.
+_MOST_MESSAGES = 10_000
+#: Fewer bytes cannot hold many more of them.
+_LARGE_BYTES = 2**19
 _MISSING = re.compile(r"Object missing required field `(\w+)`")
 _PATH = re.compile(r" - at `\$\.?([^`]*)`\Z")
 #: What is wrong with a value, by the last name of its path.
@@ -99,6 +110,9 @@ _WRONG = {
 def question(api: schema.BrowserApi, body: bytes, *, stream: bool, content_only: bool = False) -> Question:
     """Reads a page's body. Raises BadRequest, which names the field, and ModelNotAllowed."""
     try:
+        if len(body) > _LARGE_BYTES and len(_unread.decode(body).messages) > _MOST_MESSAGES:
+            message = f"messages has more than {_MOST_MESSAGES} entries"
+            raise BadRequest("invalid_messages", message, param="messages")
         page = _page.decode(body)
     except msgspec.ValidationError as error:
         raise _wrong(str(error)) from None

@@ -334,6 +334,17 @@ async def test_bad_json(body: bytes) -> None:
         assert error["code"] in ("invalid_json", "invalid_messages")
 
 
+async def test_too_many_messages() -> None:
+    """One that is large is no reason to refuse, a million small ones are."""
+    async with lab(SHORT, WAY, **API) as it:
+        error = await refused(it, CHAT, {"messages": [HI] * 100_000})
+        assert (error["code"], error["param"]) == ("invalid_messages", "messages")
+        assert (
+            await ask(it.port, post(STREAM, {"messages": [{**HI, "content": "x" * 4_000_000}]}))
+        ).status == 200
+        assert (await ask(it.port, post(STREAM, {"messages": [HI] * 10_000}))).status == 200
+
+
 async def test_another_model_is_not_allowed() -> None:
     models = {"m": {"upstreams": ["up"]}, "dear": {"upstreams": ["up"]}}
     async with lab(SHORT, WAY, models=models, **API) as it:
