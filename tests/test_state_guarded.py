@@ -20,7 +20,9 @@ from tests.kit.redis import RedisServer, redis_server
 
 pytestmark = pytest.mark.timeout(60)
 
-BUDGET_S = 0.05
+#: Four times the real one, which tests/test_state_redis.py has: a machine full of other work may keep Redis
+#: waiting for its processor longer than that, and then it is gone.
+BUDGET_S = 0.2
 #: Deadlines are five times what is promised: these machines are shared.
 SLACK = 5
 PROBE_S = 0.05
@@ -120,11 +122,14 @@ async def load(made: Site) -> AsyncIterator[None]:
     """Eight callers all the time; nobody was failed, nobody waited longer than the budget."""
     longest, stop = [0.0], asyncio.Event()
     callers = [asyncio.create_task(work(made.guarded, longest, stop)) for _ in range(8)]
-    await asyncio.sleep(0.2)
-    yield
-    await asyncio.sleep(0.2)
-    stop.set()
-    assert sum(await asyncio.gather(*callers)) > 50
+    try:
+        await asyncio.sleep(0.2)
+        yield
+        await asyncio.sleep(0.2)
+    finally:
+        stop.set()
+        rounds = await asyncio.gather(*callers)
+    assert sum(rounds) > 50
     assert longest[0] < BUDGET_S * SLACK
 
 
@@ -178,12 +183,12 @@ async def test_killed_and_restarted_under_load() -> None:
 
 
 async def test_stopped_under_load() -> None:
-    """Redis itself hangs for a second."""
+    """Redis itself hangs for a while."""
     async with site("local") as made, made.server.client() as client:
         sleep: list[asyncio.Task[Any]] = []
 
         async def hang() -> None:
-            sleep.append(asyncio.create_task(client.execute_command("DEBUG", "SLEEP", "1")))
+            sleep.append(asyncio.create_task(client.execute_command("DEBUG", "SLEEP", "1.5")))
 
         await gone_and_back(made, hang, lambda: sleep[0])
 
@@ -303,7 +308,7 @@ async def test_closed_meanwhile() -> None:
             ):
                 with pytest.raises(StoreUnavailable, match="closed"):
                     await verb
-        assert time.monotonic() - begin < 1200 * BUDGET_S / 10
+        assert time.monotonic() - begin < BUDGET_S * SLACK  # for 1,200 calls
         await guarded.settle([CHARGE], now)
         await guarded.settle_spend([Spend("a", 1, 5, FAR)], now)
         await guarded.renew(now)
@@ -351,6 +356,28 @@ async def test_a_lease_is_released_where_it_was_given() -> None:
         assert await guarded.peek_slots(["a"], time.monotonic()) == [0]
 
 
+async def test_local_leases_are_kept_after_it_came_back() -> None:
+    """Renewing goes on for both stores: a stream that began meanwhile may last much longer."""
+    fd = memory.create(lease_s=0.3)
+    try:
+        async with redis_server() as server:
+            guarded = Guarded(RedisState(server.url, BUDGET_S), memory.attach(fd, 0), "local", None, PROBE_S)
+            guarded.start()
+            await server.kill()
+            assert await guarded.acquire([Slot("a", 1)], time.monotonic()) is not None
+            await server.restart()
+            await until(lambda: guarded.up)
+            end = time.monotonic() + 0.7
+            witness = memory.attach(fd, 1)
+            while time.monotonic() < end:
+                await guarded.renew(time.monotonic())
+                assert await witness.peek_slots(["a"], time.monotonic()) == [1]
+                await asyncio.sleep(0.02)
+            await guarded.close()
+    finally:
+        os.close(fd)
+
+
 async def test_a_release_that_fails_is_made_good() -> None:
     """The one that finds out that the store is gone, too."""
     async with site("local") as made:
@@ -372,7 +399,7 @@ async def test_one_call_is_charged_once_in_each_store() -> None:
         await made.guarded.take([Charge("a", 0.1, 100_000, 10)], time.monotonic())
         assert await remaining(made.guarded) == 99_990
         await made.regain()
-        await made.proxy.become(Fault(delay_s=0.2))
+        await made.proxy.become(Fault(delay_s=1.0))
         await made.guarded.take([Charge("a", 0.1, 100_000, 100)], time.monotonic())
         assert not made.guarded.up
         assert await remaining(made.guarded) == 99_890

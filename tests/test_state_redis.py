@@ -556,7 +556,7 @@ async def test_faults(proxy: Chaos, remote: RedisState, fault: Fault) -> None:
     await proxy.become(fault)
     for verb in await every_verb(remote):
         await fails_in_time(verb)
-    verbs = [verb for _ in range(20) for verb in await every_verb(remote)]
+    verbs = [verb for _ in range(5) for verb in await every_verb(remote)]
     begin = time.monotonic()
     outcomes = await asyncio.gather(*verbs, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
