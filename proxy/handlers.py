@@ -132,7 +132,7 @@ async def _reserve(core: Core, ctx: Context, plan: Plan | None, asked: Peek) -> 
     if entry.tokens_per_minute is None and (plan is None or plan.tokens_per_minute is None):
         return Reservation()
     allowed = asked.max_completion_tokens or asked.max_tokens or asked.max_output_tokens
-    wanted = ctx.asked_tokens + (allowed or entry.max_output) * (asked.n or 1)
+    wanted = tokens.reservation(ctx.asked_tokens, allowed, entry.max_output, asked.n)
     return await core.admission.reserve_tokens(ctx, plan, (ctx.model, entry), wanted)
 
 

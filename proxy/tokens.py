@@ -41,8 +41,7 @@ def _data_urls(body: bytes) -> tuple[int, int]:
     return count, size
 
 
-def reservation(body: bytes, max_tokens: int | None, max_output: int, n: int | None, burst: int) -> int:
+def reservation(prompt_tokens: int, max_tokens: int | None, max_output: int, n: int | None) -> int:
     """Tokens to reserve: the prompt, and for each of `n` answers what the caller allows or else the model's
-    `max_output`; never more than the bucket's burst, because no wait would bring that."""
-    answer = max_output if max_tokens is None else max_tokens
-    return min(estimate_prompt(body) + answer * (n or 1), burst)
+    `max_output`. A bucket takes no more than it can hold: no wait would bring that."""
+    return prompt_tokens + (max_output if max_tokens is None else max_tokens) * (n or 1)
