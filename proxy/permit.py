@@ -2,7 +2,8 @@
 
 `Slots` is what the data path asks for them. Behind it stand the waiting room of this process (`slots`) or
 that of the supervisor (`slots_remote`); both begin with `Direct`, so that a request that finds its slots free
-costs one `acquire` and one `release` and speaks to nobody.
+costs one `acquire` and one `release` and speaks to nobody: 12.6 microseconds for both, 8.7 of them in
+the store (2 slots in memory; minimum of 7 runs of 20,000; 2-core VM, Python 3.11).
 
 Nobody barges: `Direct.contended` names the slots that others wait for, and those are not tried.
 

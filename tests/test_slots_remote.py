@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -360,56 +361,57 @@ async def test_the_worker_goes(house: House) -> None:
     await third.release()
     await house.becomes([0, 0, 0])
     await until(lambda: two.contended == set())
+    assert len(house.room._watchers) == 1
 
 
-async def test_a_supervisor_that_does_not_answer() -> None:
-    """The worker gives up by itself, and says that it has."""
-    ours, theirs = socket.socketpair()
-    heard: list[str] = []
-    near = await open_channel(ours, lambda verb, _: heard.append(verb))
-    far = await open_channel(theirs, lambda *_: None)
-    fd = shared.create(lease_s=LEASE_S)
-    state = shared.attach(fd, 1)
-    room = RemoteRoom(far, Direct(state), max_wait_s=-1.9)  # and two seconds of grace
-    permit = await room.enter(WANTED, BASIC)
-    with pytest.raises(QueueTimeout):
-        await in_time(room.enter(WANTED, BASIC))
-    await until(lambda: heard == ["queue.hello", "queue.enter", "queue.leave"])
-    room.heard("queue.granted", [1, "one"])  # too late
-    await permit.release()
-    for channel in (near, far):
-        channel.close()
-        await asyncio.wait_for(asyncio.shield(channel.closed), 5)
-    await state.close()
-    os.close(fd)
-
-
-async def test_a_channel_that_is_full() -> None:
-    """Who comes is refused; that somebody leaves is said again until it could be."""
+@asynccontextmanager
+async def alone(max_wait_s: float) -> AsyncIterator[tuple[RemoteRoom, Channel, socket.socket]]:
+    """A worker's room without a supervisor: the other end of its channel is a bare socket."""
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     far = await open_channel(theirs, lambda *_: None)
     fd = shared.create(lease_s=LEASE_S)
     state = shared.attach(fd, 1)
-    room = RemoteRoom(far, Direct(state), max_wait_s=20.0)
-    permit = await room.enter(WANTED, BASIC)
-    waiting = asyncio.ensure_future(room.enter(WANTED, BASIC))
-    await until(lambda: room.waiting == 1)
-    while far.note("filling", "x" * 1_000_000):
-        pass
-    waiting.cancel()
-    await asyncio.wait([waiting])
-    with pytest.raises(Overloaded):
-        await room.enter(WANTED, BASIC)
-    heard: list[tuple[str, Any]] = []
-    near = await open_channel(ours, lambda verb, payload: heard.append((verb, payload)))
-    await until(lambda: ("queue.leave", 1) in heard)
-    await permit.release()
-    for channel in (near, far):
-        channel.close()
-        await asyncio.wait_for(asyncio.shield(channel.closed), 5)
-    await state.close()
-    os.close(fd)
+    try:
+        yield RemoteRoom(far, Direct(state), max_wait_s), far, ours
+    finally:
+        far.close()
+        ours.close()
+        await asyncio.wait_for(asyncio.shield(far.closed), 5)
+        await state.close()
+        os.close(fd)
+
+
+async def test_a_supervisor_that_does_not_answer() -> None:
+    """The worker gives up by itself, and says that it has."""
+    async with alone(max_wait_s=-1.9) as (room, _, ours):  # and two seconds of grace
+        permit = await room.enter(WANTED, BASIC)
+        with pytest.raises(QueueTimeout):
+            await in_time(room.enter(WANTED, BASIC))
+        room.heard("queue.granted", [1, "one"])  # too late
+        await permit.release()
+        await asyncio.sleep(0)
+        sent = ours.recv(65536)
+        assert [sent.count(verb) for verb in (b"queue.hello", b"queue.enter", b"queue.leave")] == [1, 1, 1]
+
+
+async def test_a_channel_that_is_full() -> None:
+    """Who comes is refused; that somebody leaves is said again until it could be."""
+    async with alone(max_wait_s=20.0) as (room, far, ours):
+        permit = await room.enter(WANTED, BASIC)
+        waiting = asyncio.ensure_future(room.enter(WANTED, BASIC))
+        await until(lambda: room.waiting == 1)
+        while far.note("filling", "x" * 1_000_000):
+            pass
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        with pytest.raises(Overloaded):
+            await room.enter(WANTED, BASIC)
+        await permit.release()
+        last = b""
+        async with asyncio.timeout(5):
+            while b"queue.leave" not in last:
+                last = last[-100:] + await asyncio.get_running_loop().sock_recv(ours, 1_000_000)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -491,19 +493,25 @@ async def test_a_worker_is_killed(house: House) -> None:
             pass_fds=descriptors,
             cwd=ROOT,
         )
-    await until(lambda: house.room.waiting == 1, 20)
-    assert blocking is not None
-    await house.states[0].release(blocking)
-    await until(lambda: heard == [("holding", ["own", "shared"])], 20)
-    await until(lambda: house.room.waiting == 1)
-    assert await house.taken(waiter.OWN, waiter.SHARED) == [1, 1]
-    behind = asyncio.ensure_future(house.room.enter(Wanted((), (("shared", waiter.SHARED),)), BASIC))
-    await until(lambda: house.room.waiting == 2)
-    process.kill()
-    permit = await in_time(behind)
-    assert house.room.waiting == doors[0].held == 0
-    await permit.release()
-    await house.becomes([1, 0], waiter.OWN, waiter.SHARED)
-    house.states[0].forget(7)
-    assert await house.taken(waiter.OWN, waiter.SHARED) == [0, 0]
-    await process.wait()
+    try:
+        await until(lambda: house.room.waiting == 1, 20)
+        assert blocking is not None
+        await house.states[0].release(blocking)
+        await until(lambda: heard == [("holding", ["own", "shared"])], 20)
+        await until(lambda: house.room.waiting == 1)
+        assert await house.taken(waiter.OWN, waiter.SHARED) == [1, 1]
+        behind = asyncio.ensure_future(house.room.enter(Wanted((), (("shared", waiter.SHARED),)), BASIC))
+        await until(lambda: house.room.waiting == 2)
+        process.kill()
+        permit = await in_time(behind)
+        assert house.room.waiting == doors[0].held == 0
+        await permit.release()
+        await house.becomes([1, 0], waiter.OWN, waiter.SHARED)
+        house.states[0].forget(7)
+        assert await house.taken(waiter.OWN, waiter.SHARED) == [0, 0]
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        near.close()
+        await asyncio.wait_for(asyncio.shield(near.closed), 5)
