@@ -364,6 +364,7 @@ async def test_hammered_slots(store: Store) -> None:
 async def test_hammered_budgets(store: Store) -> None:
     """The sum of all grants is the counter, of both alike; the smaller one is used up."""
     granted = await hammered(store, "budgets")
+    assert min(granted) > 0
     total = sum(granted)
     assert await store.state().peek_spend(list(hammer.BUDGETS), time.monotonic()) == [total, total]
     assert 0 <= min(hammer.BUDGETS.values()) - total < hammer.LARGEST

@@ -15,19 +15,9 @@ from typing import Any
 import yaml
 
 from tests.kit.callers import Answer, Caller, ask
-from tests.kit.headrace import ROOT, Command, command, until
+from tests.kit.headrace import LEVELS, ROOT, Command, command, until
 
 _MARK = "HEADRACE_TEST_FLEET"
-#: What has to be zero when nothing is going on.
-LEVELS = (
-    "in_flight",
-    "streams",
-    "permits",
-    "queued",
-    "reservations",
-    "buffered_bytes",
-    "upstream_connections",
-)
 
 
 def alive(pid: int) -> bool:

@@ -107,8 +107,10 @@ def _testify(witness: int, first: int, places: int) -> bool:
 async def budgets(state: State, until: float, _: int) -> int:
     """The sum of what was granted, of both budgets alike, up to the first refusal: however long it takes."""
     granted = 0
+    # Memory is a hundred times faster: with Redis's amounts the first process would leave the others nothing.
+    largest = LARGEST if isinstance(state, RedisState) else LARGEST // 100
     while True:
-        amount = random.randint(1, LARGEST)
+        amount = random.randint(1, largest)
         spends = [Spend(name, amount, limit, PERIOD_END) for name, limit in BUDGETS.items()]
         if not all(await state.spend(spends, time.monotonic())):
             return granted

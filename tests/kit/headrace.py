@@ -22,6 +22,16 @@ from proxy.supervisor import Front
 from proxy.workers import LocalWorker
 
 ROOT = Path(__file__).resolve().parents[2]
+#: What has to be zero when nothing is going on.
+LEVELS = (
+    "in_flight",
+    "streams",
+    "permits",
+    "queued",
+    "reservations",
+    "buffered_bytes",
+    "upstream_connections",
+)
 
 
 class ListSink(log.Sink):
@@ -91,20 +101,7 @@ class Headrace:
     async def quiet(self, timeout_s: float = 5.0) -> None:
         """Waits until nothing is going on; fails with the state if that does not come."""
         await until(
-            lambda: (
-                not any(
-                    self.state[name]
-                    for name in (
-                        "in_flight",
-                        "streams",
-                        "permits",
-                        "queued",
-                        "reservations",
-                        "buffered_bytes",
-                        "upstream_connections",
-                    )
-                )
-            ),
+            lambda: not any(self.state[name] for name in LEVELS),
             timeout_s,
             lambda: str(self.state),
         )
