@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8080
 ADMIN_PORT ?= 9464
+# Most tests wait more than they compute: two at a time take half as long.
+SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-all check fmt clean
@@ -15,10 +17,12 @@ run: $(VENV)/run.stamp ## start Headrace on 127.0.0.1:8080 (PORT=, ADMIN_PORT=, 
 	@exec $(BIN)/headrace serve $(if $(CONFIG),-c $(CONFIG)) $(if $(filter command line environment,$(origin PORT)),--listen 127.0.0.1:$(PORT)) $(if $(filter command line environment,$(origin ADMIN_PORT)),--admin 127.0.0.1:$(ADMIN_PORT))
 
 test: $(VENV)/test.stamp ## the whole suite, against real parts
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not alone"
+	$(BIN)/python -m pytest -m "not slow and alone"
 
 test-all: $(VENV)/test.stamp ## the suite with its long tables, matrices and soaks
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 check: $(VENV)/test.stamp ## lint, format and types
 	$(BIN)/ruff check .

@@ -547,6 +547,7 @@ async def test_caller_that_leaves_within_its_body(upstream: RunningMock) -> None
     assert upstream.record.last.body == b""
 
 
+@pytest.mark.alone
 async def test_close_does_not_wait_for_those_that_hang() -> None:
     running = await mock.start()
     writers = []

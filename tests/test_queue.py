@@ -138,6 +138,7 @@ async def test_no_room_at_all_means_nobody_waits() -> None:
         await here.empty()
 
 
+@pytest.mark.alone
 async def test_who_waits_too_long_is_told_so() -> None:
     async with office(limits=limits(1, max_wait=0.2)) as here:
         await here.holds("first")

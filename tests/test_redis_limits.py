@@ -23,7 +23,7 @@ from tests.kit.headrace import settings_for, until
 from tests.kit.redis import RedisServer, redis_server
 from tests.kit.upstreams import scripted
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.timeout(90), pytest.mark.alone]
 
 #: Promised: no request waits longer for the store than this, and a silent owner's slots are free after that.
 BUDGET_S = 0.05

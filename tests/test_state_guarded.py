@@ -18,7 +18,7 @@ from proxy.state.redis import RedisState
 from tests.kit.chaos import Chaos, Fault, chaos
 from tests.kit.redis import RedisServer, redis_server
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.alone]
 
 #: Four times the real one, which tests/test_state_redis.py has: a machine full of other work may keep Redis
 #: waiting for its processor longer than that, and then it is gone.

@@ -26,7 +26,7 @@ from tests.kit import hammer
 from tests.kit.chaos import Chaos, Fault, chaos
 from tests.kit.redis import RedisServer, redis_server
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.alone]
 
 BUDGET_S = 0.05
 #: Deadlines are five times what is promised: these machines are shared.

@@ -394,6 +394,7 @@ async def test_other_routes_need_no_terminator(way: Way) -> None:
         await it.ended("complete")
 
 
+@pytest.mark.alone
 @everywhere
 @pytest.mark.parametrize("route", ROUTES)
 async def test_silence_after_the_terminator(way: Way, route: str) -> None:
@@ -783,6 +784,7 @@ async def test_errors_in_the_shape_of_messages(way: Way) -> None:
 # ── heartbeats, and the early 200 ────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.alone
 @everywhere
 async def test_heartbeats_in_silence(way: Way) -> None:
     """A silent upstream: comments at the event boundary; afterwards the stream goes on."""

@@ -99,7 +99,7 @@ class Chaos:
             while data := await reader.read(_CHUNK):
                 async with self._changed:
                     await self._changed.wait_for(lambda: not self._fault.blackhole)
-                writer.write(data)
+                _write(writer, data)
                 await writer.drain()
         except OSError:
             pass
@@ -127,14 +127,14 @@ class Chaos:
         await asyncio.sleep(fault.delay_s)
         data = fault.garbage or data
         if fault.cut_after is not None and sent + len(data) > fault.cut_after:
-            writer.write(data[: max(fault.cut_after - sent, 0)])
+            _write(writer, data[: max(fault.cut_after - sent, 0)])
             return -1
         if fault.bytes_per_s < math.inf:
             for byte in data:
-                writer.write(bytes([byte]))
+                _write(writer, bytes([byte]))
                 await asyncio.sleep(1 / fault.bytes_per_s)
         else:
-            writer.write(data)
+            _write(writer, data)
         await writer.drain()
         return sent + len(data)
 
@@ -143,6 +143,13 @@ class Chaos:
             _reset(writer)
             requests.close()
         self._open.clear()
+
+
+def _write(writer: asyncio.StreamWriter, data: bytes) -> None:
+    """uvloop raises RuntimeError for a transport that was closed while we slept, asyncio warns: it is gone."""
+    if writer.is_closing():
+        raise ConnectionResetError
+    writer.write(data)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
