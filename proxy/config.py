@@ -81,6 +81,16 @@ def _check_config(config: Config) -> Config:
     for name, model in config.models.items():
         for index, target in enumerate(model.upstreams):
             _check_upstream(config, target.name, f"{join('models', name)}.upstreams[{index}]")
+        for index, other in enumerate(model.fallback):
+            if config.match_model(other) is None:
+                path = f"{join('models', name)}.fallback[{index}]"
+                raise ConfigError(
+                    config.source, path, f"unknown model {other!r}{suggest(other, config.models)}"
+                )
+    for name, upstream in config.upstreams.items():
+        if upstream.api_key and upstream.api_keys:
+            path = f"{join('upstreams', name)}.api_keys"
+            raise ConfigError(config.source, path, "write api_key or api_keys, not both")
     if config.admin_address.overlaps(config.listen_address):
         raise ConfigError(
             config.source, "admin", f"clashes with listen ({config.listen}): give it a port of its own"

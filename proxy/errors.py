@@ -11,6 +11,7 @@
     ├── LimitExceeded         429  the caller's plan is used up: requests, tokens, slots
     ├── Refused               4xx  any other refusal before an attempt (408, 413, 415, …)
     ├── Overloaded            503  ours: full, waited too long, draining
+    ├── NoUpstreamAvailable   503  all upstreams of the model are ejected or unhealthy
     ├── Internal              500  ours: a bug
     └── UpstreamFailed        502/504  an attempt was made and failed
         ├── UpstreamUnreachable     502  connect, TLS, DNS, or closed before its answer
@@ -272,6 +273,18 @@ class Killed(Overloaded):
     message = "The request was stopped by the operator."
     reason = Reason.KILLED
     headers: Mapping[str, str] = {"x-should-retry": "false"}
+
+
+class NoUpstreamAvailable(HeadraceError):
+    """Nobody may be asked; in `retry_after_s` seconds the first may be again."""
+
+    status = 503
+    code = "no_upstream_available"
+    message = "No provider of this model is available, retry shortly."
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__()
+        self.headers = {"Retry-After": str(max(1, math.ceil(retry_after_s)))}
 
 
 class Internal(HeadraceError):

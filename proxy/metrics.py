@@ -76,6 +76,14 @@ class Least(Gauge):
         self.set(labels, min(value, self.values.get(labels, value)))
 
 
+class Most(Gauge):
+    """A level that is as high for all processes as for the worst of them."""
+
+    def absorb(self, labels: Labels, value: float | list[float]) -> None:
+        assert not isinstance(value, list)
+        self.set(labels, max(value, self.values.get(labels, value)))
+
+
 class Histogram:
     """Counts per bucket (the last one is +Inf), and the sum; not cumulative until it is rendered."""
 
@@ -162,6 +170,10 @@ class Metrics:
             "upstream_attempts_total", "Attempts by result.", ("upstream", "result")
         )
         self.upstream_in_flight = Gauge("upstream_in_flight", "Requests at an upstream.", ("upstream",))
+        self.upstream_available = Least(
+            "upstream_available", "1 while an upstream is healthy and not full.", ("upstream",)
+        )
+        self.breaker_state = Most("breaker_state", "0 closed, 1 half-open, 2 open.", ("upstream",))
         self.heartbeats = Counter("heartbeats_total", "Comments sent while an upstream was silent.")
         self.client_disconnects = Counter(
             "client_disconnects_total", "Callers that left before the end.", ("phase",)

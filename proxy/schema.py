@@ -112,6 +112,57 @@ def _check_http_url(text: str, shown: str) -> str:
     return text
 
 
+def _check_proxy_url(text: str, shown: str) -> str:
+    # Not shown: it may hold a password. http only: that is what aiohttp speaks to a proxy.
+    try:
+        parts = urlsplit(text)
+        if (
+            text.isascii()
+            and text.isprintable()
+            and parts.scheme == "http"
+            and parts.hostname
+            and parts.port != 0
+        ):
+            return Secret(text)
+    except ValueError:
+        pass
+    raise ValueError("expected http://[user:password@]host:port")
+
+
+def _check_field_name(text: str, shown: str) -> str:
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}", text):
+        raise ValueError("a header's name is 1 to 100 letters, digits or dashes")
+    if text.lower() in _NOT_TO_SET:
+        raise ValueError(f"{text} is set by Headrace itself")
+    return text
+
+
+#: Framing and hop-by-hop fields: a second one beside ours can be read in two ways.
+_NOT_TO_SET = frozenset(
+    {"host", "content-length", "transfer-encoding", "connection", "te", "trailer", "upgrade", "expect"}
+    | {"keep-alive", "proxy-connection", "accept-encoding", "x-request-id"}
+)
+
+
+def _check_field_value(text: str, shown: str) -> str:
+    # May hold a credential: not shown, and kept out of tracebacks.
+    if not text.isascii() or not all(" " <= character <= "~" for character in text):
+        raise ValueError("has a line break or another character that a header cannot carry")
+    return Secret(text.strip())
+
+
+def _check_query_name(text: str, shown: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._~-]{1,100}", text):
+        raise ValueError("a query parameter's name is 1 to 100 letters, digits, dots, dashes or underscores")
+    return text
+
+
+def _check_probe_path(text: str, shown: str) -> str:
+    if not re.fullmatch(r"/(?!/)[A-Za-z0-9._~:@!$&'()*+,;=/?%-]*", text):
+        raise ValueError(f"expected a path like /health or /v1/models, got {shown}")
+    return text
+
+
 def _check_key_database(text: str, shown: str) -> str:
     # Not shown: a redis URL may hold a password.
     if text.removeprefix("sqlite:") not in ("", text) or _is_redis_url(text):
@@ -165,6 +216,12 @@ UpstreamName = Annotated[str, Meta(extra={"check": _check_upstream_name})]
 ModelName = Annotated[str, Meta(extra={"check": _check_model_name})]
 PlanName = Annotated[str, Meta(extra={"check": _check_plan_name})]
 HttpUrl = Annotated[str, Meta(extra={"check": _check_http_url})]
+ProxyUrl = Annotated[str, Meta(extra={"check": _check_proxy_url, "secret": True})]
+FieldName = Annotated[str, Meta(extra={"check": _check_field_name})]
+FieldValue = Annotated[str, Meta(extra={"check": _check_field_value, "secret": True})]
+QueryName = Annotated[str, Meta(extra={"check": _check_query_name})]
+ProbePath = Annotated[str, Meta(extra={"check": _check_probe_path})]
+Status = Annotated[int, Meta(ge=400, le=599)]
 KeyDatabase = Annotated[str, Meta(extra={"check": _check_key_database})]
 LimitStore = Annotated[str, Meta(extra={"check": _check_limit_store})]
 Origin = Annotated[str, Meta(extra={"check": _check_origin})]
@@ -218,6 +275,42 @@ class Pool(Section, frozen=True, kw_only=True):
     keepalive: Annotated[SecondsOrOff, _doc("Seconds that an idle connection is kept; 0 keeps none.")] = 15.0
     max_age: Annotated[Seconds, _doc("Seconds after which a connection is not used again.")] = 300.0
     dns_ttl: Annotated[Seconds, _doc("Seconds that a DNS answer is kept.")] = 10.0
+    min_idle: Annotated[
+        int,
+        Meta(ge=0, le=1000),
+        _doc("Connections kept open beforehand, so that a request after a pause pays no handshake."),
+    ] = 0
+
+
+class Breaker(Section, frozen=True, kw_only=True):
+    """When an upstream is not asked for a while."""
+
+    failures: Annotated[
+        int,
+        Meta(ge=1, le=1000),
+        _doc("Failures within `window` that open it; connect failures and timeouts count."),
+    ] = 5
+    window: Annotated[Seconds, _doc("Seconds in which failures add up.")] = 30.0
+    cool_down: Annotated[Seconds, _doc("Seconds of the first ejection; doubled with each one after it.")] = (
+        5.0
+    )
+    max_cool_down: Annotated[Seconds, _doc("Seconds of the longest ejection.")] = 60.0
+    statuses: Annotated[tuple[Status, ...], _doc("Answers that count as failures.")] = (
+        500,
+        502,
+        503,
+        504,
+        529,
+    )
+
+
+class Probe(Section, frozen=True, kw_only=True):
+    """Asks an upstream without traffic how it is, by a path that costs no model call."""
+
+    shorthand: ClassVar[str] = "path"
+
+    path: Annotated[ProbePath, _doc("The path at the upstream's host: any answer below 500 is healthy.")]
+    interval: Annotated[Seconds, _doc("Seconds between two probes.")] = 10.0
 
 
 class Upstream(Section, frozen=True, kw_only=True):
@@ -227,10 +320,23 @@ class Upstream(Section, frozen=True, kw_only=True):
         BaseUrl, _doc("http(s)://host[:port][/path], or `mock:` for the embedded mock; no slash at its end.")
     ]
     api_key: Annotated[SecretText | None, _doc("The credential sent upstream; empty is none.")] = None
+    api_keys: Annotated[
+        tuple[SecretText, ...],
+        _doc("Several credentials, used in turn; one that is answered with 401 or 429 rests alone."),
+    ] = ()
     auth: Annotated[
-        Literal["bearer", "x-api-key", "api-key", "none"], _doc("The header that carries api_key.")
+        Literal["bearer", "x-api-key", "api-key", "none"], _doc("The header that carries the credential.")
     ] = "bearer"
+    headers: Annotated[
+        dict[FieldName, FieldValue], _doc("Header fields sent with every request; they replace the caller's.")
+    ] = msgspec.field(default_factory=dict)
+    query: Annotated[
+        dict[QueryName, Text], _doc("Query parameters sent with every request; they replace the caller's.")
+    ] = msgspec.field(default_factory=dict)
+    proxy: Annotated[ProxyUrl | None, _doc("An outbound proxy: http://[user:password@]host:port.")] = None
     timeouts: UpstreamTimeouts = UpstreamTimeouts()
+    breaker: Breaker = Breaker()
+    probe: Annotated[Probe | None, _doc("Active health checks; left out: learned from traffic alone.")] = None
     pool: Pool = Pool()
     max_in_flight: Annotated[
         Count | None, _doc("Requests at this upstream at once; left out: limits.max_in_flight.")
@@ -247,6 +353,10 @@ class Target(Section, frozen=True, kw_only=True):
 
     name: Annotated[Text, _doc("The upstream, as written under `upstreams`.")]
     model: Annotated[Text | None, _doc("The model's name there; left out: as the caller wrote it.")] = None
+    weight: Annotated[float, Meta(gt=0, le=1_000_000), _doc("Share of the requests within its tier.")] = 1.0
+    tier: Annotated[
+        int, Meta(ge=1, le=1000), _doc("Asked only while no upstream of a lower tier is available.")
+    ] = 1
 
 
 class Model(Section, frozen=True, kw_only=True):
@@ -262,6 +372,14 @@ class Model(Section, frozen=True, kw_only=True):
     max_output: Annotated[
         Count, _doc("Tokens reserved for an answer whose request names no maximum of its own.")
     ] = 4096
+    fallback: Annotated[
+        tuple[Text, ...], _doc("Models to ask instead while no upstream of this one can answer.")
+    ] = ()
+    hedge_after: Annotated[
+        Seconds | None,
+        _doc("Seconds without a first byte until a second upstream is asked too; null: never."),
+    ] = None
+    websocket: Annotated[bool, _doc("Lets callers open WebSockets (/v1/realtime, /v1/responses).")] = False
 
 
 class Plan(Section, frozen=True, kw_only=True):
@@ -377,7 +495,7 @@ class BrowserApi(Section, frozen=True, kw_only=True):
 
 
 class Streams(Section, frozen=True, kw_only=True):
-    """What a silent stream gets."""
+    """How streams are delivered."""
 
     heartbeat: Annotated[
         SecondsOrOff, _doc("Seconds of upstream silence before a comment is sent; 0 is off.")
@@ -385,6 +503,31 @@ class Streams(Section, frozen=True, kw_only=True):
     commit_after: Annotated[
         SecondsOrOff, _doc("Seconds without a first byte before 200 and comments are sent; 0 is off.")
     ] = 30.0
+    wrap_json: Annotated[
+        bool, _doc("Delivers plain JSON that answers a streaming request as one event and [DONE].")
+    ] = False
+
+
+class Retry(Section, frozen=True, kw_only=True):
+    """When a request is tried again, before its first byte has gone to the caller."""
+
+    attempts: Annotated[int, Meta(ge=1, le=20), _doc("Attempts at most, the first included.")] = 3
+    base: Annotated[
+        Seconds, _doc("Seconds: the first back-off is random up to this, the next up to its double.")
+    ] = 0.25
+    max: Annotated[
+        Seconds, _doc("Seconds of the longest back-off; an upstream's longer Retry-After is passed on.")
+    ] = 8.0
+    budget: Annotated[
+        float,
+        Meta(ge=0, le=1),
+        _doc("Retries as a share of requests; 0: only what never reached an upstream."),
+    ] = 0.2
+    statuses: Annotated[tuple[Status, ...], _doc("Answers that are tried again.")] = (429, 502, 503, 504, 529)
+    stale_connection: Annotated[
+        bool,
+        _doc("Asks once more when a kept connection turns out to be closed before a byte of the answer."),
+    ] = True
 
 
 class Log(Section, frozen=True, kw_only=True):
@@ -420,6 +563,7 @@ class Settings(Section, frozen=True, kw_only=True):
         None
     )
     max_body_bytes: Annotated[Bytes, _doc("Bytes of one JSON request body.")] = 33_554_432
+    max_upload_bytes: Annotated[Bytes, _doc("Bytes of one upload: files, audio, images.")] = 536_870_912
     max_buffered_bytes: Annotated[Bytes, _doc("Bytes of all request bodies held at once.")] = 1_073_741_824
     timeouts: CallerTimeouts = CallerTimeouts()
     default_upstream: Annotated[
@@ -440,6 +584,7 @@ class Settings(Section, frozen=True, kw_only=True):
     cors: Cors = Cors()
     browser_api: Annotated[BrowserApi | None, _doc("The API for web pages; left out: there is none.")] = None
     streams: Streams = Streams()
+    retry: Retry = Retry()
     log: Log = Log()
     drain: Annotated[
         SecondsOrOff, _doc("Seconds that open requests get at shutdown; 0 ends them at once.")

@@ -166,7 +166,17 @@ BAD = [
     ("upstream: {}", "upstream: unknown key (did you mean 'upstreams'?)"),
     (UPSTREAM % "timeout: {}", "upstreams.openai.timeout: unknown key (did you mean 'timeouts'?)"),
     (UPSTREAM % "zzz: 1", "upstreams.openai.zzz: unknown key"),
-    (UPSTREAM % "api_keys: [sk-canary]", "upstreams.openai.api_keys: unknown key (did you mean 'api_key'?)"),
+    (UPSTREAM % "api_kees: [sk-canary]", "upstreams.openai.api_kees: unknown key (did you mean 'api_keys'?)"),
+    (
+        UPSTREAM % "api_key: a, api_keys: [b]",
+        "upstreams.openai.api_keys: write api_key or api_keys, not both",
+    ),
+    (UPSTREAM % "proxy: 'socks5://h:1'", "upstreams.openai.proxy: expected http://[user:password@]host:port"),
+    (UPSTREAM % "headers: {Host: x}", "upstreams.openai.headers.Host: Host is set by Headrace itself"),
+    (
+        UPSTREAM % "probe: {path: 'http://x/'}",
+        "upstreams.openai.probe.path: expected a path like /health or /v1/models, got 'http://x/'",
+    ),
     (UP + "workers: 0", "workers: must be at least 1, got 0"),
     (UP + "workers: atuo", "workers: expected a whole number, got 'atuo'"),
     (UP + "source: x", "source: unknown key"),
