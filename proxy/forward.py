@@ -33,8 +33,8 @@ from proxy.errors import (
 )
 from proxy.pipe import HEARTBEAT, TIMER_SLACK_S, Clocks, Pipe, break_off
 from proxy.reshape import WHOLE_LIMIT, ReshapedPipe
+from proxy.session import translate
 from proxy.sse import Scanner
-from proxy.upstream import translate
 from proxy.usage import find_in_json
 from proxy.wire import HELD_LIMIT, End
 

@@ -1,24 +1,20 @@
 """An upstream: its address, its credential, its pool of connections, and one exchange with it.
 
 Two ways of having an exchange, one interface: `wire.WireExchange` pushes bytes from the socket's callback,
-`SessionExchange` below uses nothing but aiohttp's public client.
+`session.SessionExchange` uses nothing but aiohttp's public client.
 """
 
 from __future__ import annotations
 
-import asyncio
-import io
 import ssl
-from time import monotonic
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import aiohttp
 from yarl import URL
 
 from proxy import wire
-from proxy.errors import UpstreamConnectFailed, UpstreamFailed, UpstreamInvalid, UpstreamUnreachable
-from proxy.headers import RawHeaders, value_of
-from proxy.tasks import spawn
+from proxy.headers import RawHeaders
+from proxy.session import SessionExchange
 from proxy.wire import End
 
 if TYPE_CHECKING:
@@ -146,158 +142,3 @@ def _trust(ca_file: str) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=ca_file)
     context.set_alpn_protocols(["http/1.1"])
     return context
-
-
-class SessionExchange:
-    """The same exchange through aiohttp's public client: slower, and independent of its inside."""
-
-    pushes: ClassVar[bool] = False
-
-    def __init__(
-        self, session: aiohttp.ClientSession, method: str, url: URL, lines: bytes, body: bytes
-    ) -> None:
-        self._session = session
-        self._method = method
-        self._url = url
-        self._lines = lines
-        self._body = body
-        self._opening: asyncio.Task[None] | None = None
-        self._response: aiohttp.ClientResponse | None = None
-        self._held = b""
-        self._end: End | None = None
-        self._fault: Exception | None = None
-        self._reset = False
-        self.reused = False
-        self.fresh = False
-        self.answered = False
-        self.last_at = monotonic()
-        self.status = 0
-        self.reason = ""
-        self.fields: RawHeaders = ()
-        self.framed = False
-
-    async def send(self) -> None:
-        """Starts the request; aiohttp gives no sign between "sent" and "answered"."""
-        self._opening = spawn(self._try_open(), "upstream request")
-
-    async def _try_open(self) -> None:
-        try:
-            await self._open()
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            self._fault = error
-
-    async def _open(self) -> None:
-        headers = [
-            (name.decode(), value.decode("utf-8", "surrogateescape"))
-            for name, _, value in (line.partition(b": ") for line in self._lines.split(b"\r\n") if line)
-        ]
-        self._response = response = await self._session.request(
-            self._method,
-            self._url,
-            headers=headers,
-            data=_payload(self._body),
-            allow_redirects=False,
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-        )
-        self.answered = True
-        self.status = response.status
-        self.reason = response.reason or ""
-        self.fields = response.raw_headers
-        if response.connection is not None and response.connection.protocol is not None:
-            closed = response.connection.protocol.closed
-            if closed is not None:
-                closed.add_done_callback(self._lost)
-        chunked = (value_of(self.fields, b"transfer-encoding") or b"").lower() == b"chunked"
-        self.framed = chunked or value_of(self.fields, b"content-length") is not None
-
-    def _lost(self, closed: asyncio.Future[None]) -> None:
-        """aiohttp takes a reset for the end of a body without framing, and leaves a reader waiting for ever
-        when a chunk's framing is broken: what the connection itself reports is the truth."""
-        self._reset = not closed.cancelled() and closed.exception() is not None
-        assert self._response is not None
-        content = self._response.content
-        if not content.is_eof() and content.exception() is None:
-            content.set_exception(aiohttp.ClientPayloadError("connection lost"))
-
-    async def hold(self, size: int, until: float) -> bool:
-        assert self._opening is not None
-        try:
-            async with asyncio.timeout_at(until):
-                await asyncio.shield(self._opening)
-                while self._fault is None and self._end is None and len(self._held) < size:
-                    self._held += await self._read()
-        except TimeoutError:
-            return False
-        if self._fault is not None:
-            raise translate(self._fault) from self._fault
-        if self._end is End.CUT and not self._held:
-            raise UpstreamInvalid
-        return True
-
-    async def _read(self) -> bytes:
-        """The next bytes, or b"" with `_end` set; a cancelled call loses nothing (readany keeps its data)."""
-        assert self._response is not None
-        try:
-            data = await self._response.content.readany()
-        except (aiohttp.ClientError, OSError):
-            self._end = End.CUT
-            return b""
-        self.last_at = monotonic()
-        if not data:
-            unframed = End.CUT if self._reset else End.CLOSED
-            self._end = End.FRAMED if self.framed else unframed
-        return data
-
-    def taken(self) -> tuple[bytes, End | None]:
-        held, self._held = self._held, b""
-        return held, self._end
-
-    async def pump(self, sink: Pipe) -> None:
-        data, end = self.taken()
-        while True:
-            if data:
-                await sink.deliver(data)
-            if end is not None:
-                sink.end(end)
-            if sink.finished:
-                return
-            try:
-                async with asyncio.timeout_at(sink.next_at()):
-                    data = await self._read()
-            except TimeoutError:
-                data = b""
-                await sink.tick_deliver()
-            end = self._end
-
-    def pause(self) -> None:
-        pass  # awaiting `deliver` is the pause: nobody reads meanwhile
-
-    def resume(self) -> None:
-        pass
-
-    def close(self) -> None:
-        if self._opening is not None:
-            self._opening.cancel()
-        if self._response is not None:
-            if self._end is End.FRAMED:
-                self._response.release()
-            else:
-                self._response.close()
-
-
-def _payload(body: bytes) -> bytes | io.BytesIO | None:
-    """aiohttp warns of large bytes: it writes them in one go. A file is written in pieces."""
-    return io.BytesIO(body) if len(body) > 2**20 else body or None
-
-
-def translate(error: BaseException) -> UpstreamFailed:
-    """aiohttp's client errors in our terms: was anything sent, and was the answer HTTP at all?"""
-    if isinstance(error, UpstreamFailed):
-        return error
-    if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, TimeoutError)):
-        return UpstreamConnectFailed()
-    if isinstance(error, aiohttp.ClientResponseError):
-        return UpstreamInvalid()
-    if isinstance(error, (aiohttp.ClientError, OSError)):
-        return UpstreamUnreachable()
-    return UpstreamInvalid()

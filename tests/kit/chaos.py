@@ -146,7 +146,7 @@ class Chaos:
 
 
 def _write(writer: asyncio.StreamWriter, data: bytes) -> None:
-    """uvloop raises RuntimeError for a transport that was closed while we slept, asyncio warns: it is gone."""
+    """uvloop raises RuntimeError for a transport that was closed while we slept, asyncio warns: gone."""
     if writer.is_closing():
         raise ConnectionResetError
     writer.write(data)
