@@ -6,7 +6,8 @@
   compares the same; comparing `in_flight + 1` instead would leave a lighter upstream without any request as
   long as the pool is idle: with weights 3:1 and one request at a time 100:0, measured.)
 - The next tier only when none of the tiers before has an available candidate.
-- Available is healthy and not full (Caddy's hosts.go); a candidate says so itself, and is asked at each pick.
+- Available is healthy and not full (Caddy's hosts.go); ready is healthy and maybe full, which a request can
+  wait for. A candidate says so itself, and is asked at each pick.
 - A request tries everybody once before it tries anybody twice.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 
 class Candidate(Protocol):
@@ -29,6 +30,8 @@ class Candidate(Protocol):
     def tier(self) -> int: ...
     @property
     def available(self) -> bool: ...
+    @property
+    def ready(self) -> bool: ...
 
 
 C = TypeVar("C", bound=Candidate)
@@ -59,32 +62,66 @@ def _draw(candidates: Sequence[Candidate], rng: Callable[[], float]) -> int:
     return len(candidates) - 1  # the sum was rounded up
 
 
-class Choice(NamedTuple):
-    """`target`: an index into the candidates. `again`: this request has asked it before, so a wait is due."""
+class Turns(Generic[C]):
+    """Whom one request has asked, and who is next; each turn is decided when it is asked for.
 
-    target: int
-    again: bool
+    `groups`: the candidates of the model, then those of each model to fall back to. Of the available
+    candidates those that were asked least often, over all groups and tiers: a retry goes elsewhere if it can,
+    and to the same only when everybody else was asked too. `rng` is uniform in [0, 1).
+    """
 
+    __slots__ = ("_asked", "_groups", "_not_before", "_rng")
 
-def order(candidates: Sequence[Candidate], rng: Callable[[], float]) -> Iterator[Choice]:
-    """The attempts of one request, each decided when it is asked for.
+    def __init__(self, groups: Sequence[Sequence[C]], rng: Callable[[], float]) -> None:
+        self._groups = groups
+        self._rng = rng
+        self._asked: dict[C, int] = {}
+        self._not_before: dict[C, float] = {}
 
-    Of the available candidates those that were asked least often, over all tiers: a retry goes elsewhere if
-    it can, and to the same only when everybody else was asked too. Ends only when none is available; the
-    caller counts attempts."""
-    asked = [0] * len(candidates)
-    while True:
-        available = [target for target, candidate in enumerate(candidates) if candidate.available]
-        if not available:
-            return
-        least = min(asked[target] for target in available)
-        open_to = [target for target in available if asked[target] == least]
-        chosen = pick([candidates[target] for target in open_to], rng)
-        if chosen is None:
-            return
-        target = next(target for target in open_to if candidates[target] is chosen)
-        yield Choice(target, least > 0)
-        asked[target] += 1
+    def ranking(self) -> list[C]:
+        """Those of the first group that can answer, best first; those that are full only after all others.
+        Empty: nobody can."""
+        for group in self._groups:
+            ready = [candidate for candidate in group if candidate.ready]
+            if len(ready) > 1:
+                return self._ranked(ready)
+            if ready:
+                return ready
+        return []
+
+    def _ranked(self, ready: list[C]) -> list[C]:
+        ranked = []
+        while (best := pick(ready, self._rng)) is not None:
+            ready.remove(best)
+            ranked.append(best)
+        return ranked + sorted(ready, key=lambda candidate: candidate.tier)
+
+    def took(self, candidate: C) -> None:
+        """It is being asked."""
+        self._asked[candidate] = self._asked.get(candidate, 0) + 1
+
+    def rest(self, candidate: C, until: float) -> None:
+        """Not again before then; `inf` is never."""
+        self._not_before[candidate] = until
+
+    def next(self) -> tuple[C, float] | None:
+        """Who is to be asked, and from when on (the past: at once). None: nobody is left. The caller counts
+        attempts."""
+        left = [
+            (self._asked.get(candidate, 0), number, candidate)
+            for number, group in enumerate(self._groups)
+            for candidate in group
+            if candidate.available and self._not_before.get(candidate, 0.0) < math.inf
+        ]
+        if not left:
+            return None
+        least, first, _ = min(left, key=lambda each: each[:2])
+        open_to = [each for asked, number, each in left if (asked, number) == (least, first)]
+        if least == 0:
+            chosen = pick(open_to, self._rng)
+        else:
+            chosen = min(open_to, key=lambda each: (self._not_before.get(each, 0.0), each.tier))
+        return None if chosen is None else (chosen, self._not_before.get(chosen, 0.0))
 
 
 def fallbacks(model: str, listed: Callable[[str], Sequence[str]]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.routing import DEFAULT_REST_S, Rotation, fallbacks, order, pick
+from proxy.routing import DEFAULT_REST_S, Rotation, Turns, fallbacks, pick
 
 
 class Target(msgspec.Struct, eq=False):
@@ -21,6 +22,16 @@ class Target(msgspec.Struct, eq=False):
     tier: int = 1
     in_flight: int = 0
     available: bool = True
+    ready: bool = True
+
+
+#: Available and ready: healthy, full, out of order.
+STATES = [(True, True), (False, True), (False, False)]
+
+
+def in_state(target: Target, state: tuple[bool, bool]) -> Target:
+    target.available, target.ready = state
+    return target
 
 
 POOLS = st.lists(
@@ -29,8 +40,7 @@ POOLS = st.lists(
         weight=st.one_of(st.integers(1, 5), st.floats(0.001, 1000)),
         tier=st.integers(1, 3),
         in_flight=st.integers(0, 5),
-        available=st.booleans(),
-    ),
+    ).flatmap(lambda target: st.sampled_from(STATES).map(lambda state: in_state(target, state))),
     max_size=7,
 )
 SEEDS = st.integers(0, 2**32)
@@ -108,43 +118,95 @@ def test_the_better_of_two() -> None:
     assert others == pytest.approx([1 / 3, 2 / 3], abs=0.018)
 
 
-# ── order ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── turns ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def turns(*groups: list[Target], seed: int = 1) -> Turns[Target]:
+    return Turns(groups, random.Random(seed).random)
+
+
+def take(of: Turns[Target], count: int) -> list[Target]:
+    """The next ones, each of them asked."""
+    taken = []
+    for _ in range(count):
+        turn = of.next()
+        assert turn is not None
+        of.took(turn[0])
+        taken.append(turn[0])
+    return taken
 
 
 @given(POOLS, SEEDS)
 def test_everybody_once_before_anybody_twice(pool: list[Target], seed: int) -> None:
-    """Rounds: each available one exactly once, tiers in order; `again` from the second round on."""
-    available = [index for index, target in enumerate(pool) if target.available]
-    rounds = 3
-    choices = list(itertools.islice(order(pool, random.Random(seed).random), rounds * len(available)))
-    assert len(choices) == rounds * len(available)
-    for number in range(rounds):
-        part = choices[number * len(available) : (number + 1) * len(available)]
-        assert sorted(choice.target for choice in part) == available
-        tiers = [pool[choice.target].tier for choice in part]
-        assert tiers == sorted(tiers)
-        assert {choice.again for choice in part} <= {number > 0}
+    """Rounds: each available one exactly once, tiers in order."""
+    available = [target for target in pool if target.available]
+    taken = take(turns(pool, seed=seed), 3 * len(available))
+    for number in range(3):
+        part = taken[number * len(available) : (number + 1) * len(available)]
+        assert {id(target) for target in part} == {id(target) for target in available}
+        assert [target.tier for target in part] == sorted(target.tier for target in part)
+
+
+@given(POOLS, SEEDS)
+def test_ranking(pool: list[Target], seed: int) -> None:
+    """Everybody who is ready, once; the available ones first, their tiers in order."""
+    ranked = turns(pool, seed=seed).ranking()
+    assert {id(target) for target in ranked} == {id(target) for target in pool if target.ready}
+    available = [target for target in ranked if target.available]
+    assert [target.tier for target in available] == sorted(target.tier for target in available)
+    if len(ranked) > 1:
+        assert ranked[: len(available)] == available
+
+
+def test_a_fallback_is_for_a_model_that_nobody_can_answer() -> None:
+    """One that is only full is waited for."""
+    full, other = Target(available=False, ready=True), Target()
+    assert turns([full], [other]).ranking() == [full]
+    full.ready = False
+    assert turns([full], [other]).ranking() == [other]
+    other.available = other.ready = False
+    assert turns([full], [other]).ranking() == []
+
+
+def test_groups_in_order_before_a_second_round() -> None:
+    first, second, third = Target(), Target(tier=2), Target()
+    assert take(turns([first, second], [third]), 6) == [first, second, third] * 2
 
 
 def test_none_available_ends_it() -> None:
     """Everything open: no attempt at all."""
-    assert list(order([Target(available=False), Target(available=False)], random.Random(1).random)) == []
-    assert list(order([], random.Random(1).random)) == []
+    assert turns([Target(available=False), Target(available=False)]).next() is None
+    assert turns([]).next() is None
+
+
+def test_rest() -> None:
+    """In a second round the one that may be asked soonest; never is never, in every round."""
+    first, second, third = Target(), Target(), Target()
+    here = turns([first, second, third])
+    here.rest(third, math.inf)
+    assert set(map(id, take(here, 2))) == {id(first), id(second)}
+    here.rest(first, 9.0)
+    here.rest(second, 8.0)
+    assert here.next() == (second, 8.0)
+    here.took(second)
+    assert here.next() == (first, 9.0)
+    here.rest(first, math.inf)
+    assert here.next() == (second, 8.0)
+    here.rest(second, math.inf)
+    assert here.next() is None
 
 
 def test_availability_is_looked_at_each_time() -> None:
     """One that opens after the first attempt is left out, one that comes back unasked goes first."""
     first, second, third = pool = [Target(), Target(tier=2, available=False), Target(tier=3)]
-    attempts = order(pool, random.Random(1).random)
-    assert next(attempts) == (0, False)
+    here = turns(pool)
+    assert take(here, 1) == [first]
     first.available = False
-    assert next(attempts) == (2, False)
-    assert next(attempts) == (2, True)
+    assert take(here, 2) == [third, third]
     first.available = second.available = True
-    assert next(attempts) == (1, False)
-    assert next(attempts) == (0, True)
+    assert take(here, 2) == [second, first]
     first.available = second.available = third.available = False
-    assert list(attempts) == []
+    assert here.next() is None
 
 
 # ── fallbacks ───────────────────────────────────────────────────────────────────────────────────────────
