@@ -16,6 +16,7 @@ rules (no I/O, no clock of their own)
     breaker     whether an upstream is asked at all: closed, half-open, open
     retry       whether a request is tried again, after how long, and the budget for it
     routing     who is asked next: upstream, model, key
+    outgoing    what every request to an upstream carries, and where it goes
     fairqueue   who goes next, and how fast a queue drains
     usage       the tokens an answer used: reported, estimated or unknown
     sse         where a stream stands: boundary, first token, terminator, usage

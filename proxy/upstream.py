@@ -13,11 +13,16 @@ import aiohttp
 from yarl import URL
 
 from proxy import wire
+from proxy.breaker import Breaker
 from proxy.headers import RawHeaders
+from proxy.outgoing import Outgoing
+from proxy.routing import Rotation
 from proxy.session import SessionExchange
 from proxy.wire import End
 
 if TYPE_CHECKING:
+    from aiohttp.abc import AbstractResolver
+
     from proxy import schema
     from proxy.pipe import Pipe
 
@@ -55,21 +60,34 @@ class Upstream:
 
     base_url: where it really is (the embedded mock has an address only once it runs).
     push: use the wire; False is the public way.
+    resolver: who is asked for addresses; None is the system.
     """
 
-    def __init__(self, name: str, settings: schema.Upstream, base_url: str, *, push: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: schema.Upstream,
+        base_url: str,
+        *,
+        push: bool,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
         self.name = name
         self.settings = settings
         self.timeouts = settings.timeouts
+        self.breaker = Breaker(settings.breaker)
+        self.healthy = True
         self.in_flight = 0
         self.users = 0  # requests that may still ask it
-        self._url = URL(base_url, encoded=True)
-        self._base_path = self._url.raw_path.rstrip("/")
-        self._fixed = self._fixed_fields(settings)
+        url = URL(base_url, encoded=True)
+        self._outgoing = Outgoing(settings, url)
+        self._keys = Rotation(self._outgoing.credentials)
+        self._one_key = self._outgoing.credentials == 1
         pool = settings.pool
         self._connector = aiohttp.TCPConnector(
             limit=0,  # our own slots decide; connector limits deadlock under cancellation (aiohttp #9670)
             ttl_dns_cache=int(pool.dns_ttl),
+            resolver=resolver,
             ssl=_trust(settings.ca_file) if settings.ca_file else True,
             **({"keepalive_timeout": pool.keepalive} if pool.keepalive else {"force_close": True}),
         )
@@ -78,7 +96,7 @@ class Upstream:
         if push:
             self._wire = wire.WirePool(
                 self._connector,
-                self._url,
+                url,
                 connect_s=self.timeouts.connect,
                 max_age_s=pool.max_age,
             )
@@ -94,18 +112,52 @@ class Upstream:
             )
             wire.forbid_silent_retry(self._session)
 
-    def exchange(self, method: str, path: str, fields: bytes, body: bytes) -> Exchange:
-        """fields: the caller's header lines that go along (`headers.to_upstream`)."""
-        target = self._base_path + path
-        lines = self._fixed + fields
+    # ── whether it is asked, and with which credential ───────────────────────────────────────────────────
+
+    def available(self, now: float) -> bool:
+        """Healthy, not ejected, not full. A look: it changes nothing."""
+        limit = self.settings.max_in_flight
+        return self.healthy and self.breaker.available(now) and (limit is None or self.in_flight < limit)
+
+    def take_key(self, now: float) -> int:
+        """The index of the credential for the next attempt: 0 if there is one or none."""
+        return 0 if self._one_key else self._keys.take(now)
+
+    def rest_key(self, key: int, retry_after_s: float | None, now: float) -> None:
+        """It was answered with 401 or 429: it rests, alone."""
+        self._keys.rest(key, retry_after_s, now)
+
+    def spare_key(self, now: float) -> bool:
+        """Whether another credential is ready; False with a single one."""
+        return not self._one_key and self._keys.spare(now)
+
+    # ── asking it ────────────────────────────────────────────────────────────────────────────────────────
+
+    def exchange(self, method: str, path: str, fields: bytes, body: bytes, key: int = 0) -> Exchange:
+        """path: the caller's, with its query. fields: the caller's header lines that go along
+        (`headers.to_upstream`). key: from `take_key`."""
+        lines = self._outgoing.lines(fields, key)
         if body or method not in ("GET", "DELETE", "HEAD"):
             lines += b"Content-Length: %d\r\n" % len(body)
         if self._wire is not None:
+            target = self._outgoing.target(path)
             head = b"%b %b HTTP/1.1\r\n%b\r\n" % (method.encode(), target.encode(), lines)
             return wire.WireExchange(self._wire, head, body)
         assert self._session is not None
-        url = URL(f"{self._url.scheme}://{self._url.raw_authority}{target}", encoded=True)
-        return SessionExchange(self._session, method, url, lines, body)
+        return SessionExchange(self._session, method, self._outgoing.url(path), lines, body)
+
+    def url(self, path: str) -> URL:
+        """Where `path` is, as a whole, with the operator's query. It may hold a credential."""
+        return self._outgoing.url(path)
+
+    def own_fields(self, key: int) -> list[tuple[str, str]]:
+        """The credential and the operator's headers, for whoever writes the request himself."""
+        return list(self._outgoing.own_fields(key))
+
+    # ── its life ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        """Begins what it does without being asked: connections ahead, probes. Idempotent."""
 
     def connections(self) -> tuple[int, int]:
         """Connections in use, and idle ones."""
@@ -114,27 +166,10 @@ class Upstream:
         return self.in_flight, 0
 
     async def close(self) -> None:
+        """Ends everything at once, what is in use included."""
         if self._session is not None:
             await self._session.close()
         await self._connector.close()
-
-    def _host(self) -> str:
-        default = self._url.port == {"http": 80, "https": 443}.get(self._url.scheme)
-        host = self._url.raw_host or ""
-        host = f"[{host}]" if ":" in host else host
-        return host if default else f"{host}:{self._url.port}"
-
-    def _fixed_fields(self, settings: schema.Upstream) -> bytes:
-        """The header lines that are the same for every request."""
-        lines = [f"Host: {self._host()}", "Via: 1.1 headrace", "Accept-Encoding: identity"]
-        if settings.api_key and settings.auth != "none":
-            name, prefix = {
-                "bearer": ("Authorization", "Bearer "),
-                "x-api-key": ("x-api-key", ""),
-                "api-key": ("api-key", ""),
-            }[settings.auth]
-            lines.append(f"{name}: {prefix}{settings.api_key}")
-        return "".join(f"{line}\r\n" for line in lines).encode()
 
 
 def _trust(ca_file: str) -> ssl.SSLContext:
