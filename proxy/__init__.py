@@ -72,7 +72,13 @@ composition
     cli_keys    the commands about keys and tokens
     cli         the commands
 beside
-    mock        the mock upstream with its faults
+    mock_behaviour  how the mock upstream answers: one field a fault
+    mock_ask    what a request asks it for, and the words that answer it
+    mock_chat   its chat/completions, completions, embeddings, models
+    mock_events its responses and messages: dialects of named events
+    mock_dialects  its routes, how each answers and fails
+    mock_wire   one answer of it on the wire, and how it goes wrong there
+    mock        the mock upstream
 """
 
 __version__ = "0.1.0"

@@ -98,7 +98,7 @@ def mock_ask(behaviour: mock.Behaviour, **body: Any) -> mock.Ask:
         "input": "one two three",
     }
     asked |= {"stream_options": {"include_usage": True}} | body
-    return mock.Ask("0", msgspec.convert(asked, mock._Body), behaviour)
+    return mock.Ask("0", msgspec.convert(asked, mock.Body), behaviour)
 
 
 def mock_stream(route: str, behaviour: mock.Behaviour = mock.NORMAL, **body: Any) -> bytes:
