@@ -12,6 +12,7 @@ rules (no I/O, no clock of their own)
     endpoints   the allow-list of methods and paths
     headers     which fields cross the proxy
     peek        what a JSON body says about routing and cost
+    form        what a multipart form says about routing
     bucket      token bucket (GCRA) arithmetic
     breaker     whether an upstream is asked at all: closed, half-open, open
     retry       whether a request is tried again, after how long, and the budget for it
