@@ -20,12 +20,14 @@ rules (no I/O, no clock of their own)
     outgoing    what every request to an upstream carries, and where it goes
     fairqueue   who goes next, and how fast a queue drains
     usage       the tokens an answer used: reported, estimated or unknown
+    preamble    what comes before an answer and is no part of it
     sse         where a stream stands: boundary, first token, terminator, usage
     inject      usage asked for on a caller's behalf, and its chunk taken out again
     pricing     what the tokens cost, exactly
     tokens      what a request will take, before anybody has counted
     sse_events  an event stream cut into its events
     answers     which of an upstream's answers are passed on
+    wrap        plain JSON as a stream, for who asked for one
     identity    who calls: API keys, and what a caller may do
     webtoken    JSON Web Tokens as credentials
 resources
