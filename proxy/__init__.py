@@ -37,6 +37,8 @@ resources
     tasks       the one way to start a background task
     control     the channel between processes
     wire        one exchange on a pooled connection, below ClientSession
+    pool        connections of one upstream: kept, aged, made ahead
+    health      active probes
     session     the same exchange through aiohttp's public client
     upstream    an upstream: address, credential, pool
     state/ errors, table, memory, lua, link, redis, guarded

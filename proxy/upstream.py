@@ -6,13 +6,13 @@ Two ways of having an exchange, one interface: `wire.WireExchange` pushes bytes 
 
 from __future__ import annotations
 
-import ssl
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import aiohttp
+import structlog
 from yarl import URL
 
-from proxy import wire
+from proxy import health, pool, wire
 from proxy.breaker import Breaker
 from proxy.headers import RawHeaders
 from proxy.outgoing import Outgoing
@@ -44,6 +44,8 @@ class Exchange(Protocol):
 
     async def hold(self, size: int, until: float) -> bool: ...
 
+    def look(self) -> tuple[bytes, End | None]: ...
+
     def taken(self) -> tuple[bytes, End | None]: ...
 
     async def pump(self, sink: Pipe) -> None: ...
@@ -58,6 +60,7 @@ class Exchange(Protocol):
 class Upstream:
     """One configured upstream of this process.
 
+    healthy: False while its probes fail. tls: how its certificate is verified, as aiohttp takes it.
     base_url: where it really is (the embedded mock has an address only once it runs).
     push: use the wire; False is the public way.
     resolver: who is asked for addresses; None is the system.
@@ -83,41 +86,38 @@ class Upstream:
         self._outgoing = Outgoing(settings, url)
         self._keys = Rotation(self._outgoing.credentials)
         self._one_key = self._outgoing.credentials == 1
-        pool = settings.pool
-        self._connector = aiohttp.TCPConnector(
-            limit=0,  # our own slots decide; connector limits deadlock under cancellation (aiohttp #9670)
-            ttl_dns_cache=int(pool.dns_ttl),
-            resolver=resolver,
-            ssl=_trust(settings.ca_file) if settings.ca_file else True,
-            **({"keepalive_timeout": pool.keepalive} if pool.keepalive else {"force_close": True}),
-        )
-        self._wire: wire.WirePool | None = None
-        self._session: aiohttp.ClientSession | None = None
-        if push:
-            self._wire = wire.WirePool(
-                self._connector,
-                url,
-                connect_s=self.timeouts.connect,
-                max_age_s=pool.max_age,
-            )
-        else:
-            self._session = aiohttp.ClientSession(
-                connector=self._connector,
-                cookie_jar=aiohttp.DummyCookieJar(),  # the default jar would share cookies between callers
-                auto_decompress=False,
-                trust_env=False,
-                timeout=aiohttp.ClientTimeout(total=None, connect=self.timeouts.connect),
-                max_line_size=65536,
-                max_field_size=65536,
-            )
-            wire.forbid_silent_retry(self._session)
+        way = pool.route(settings, url, resolver)
+        self.tls = way.tls
+        self._pool = pool.Pool(settings, way, push=push)
+        if push and self._pool.trouble is not None:
+            structlog.get_logger().warning("push_path_disabled", why=self._pool.trouble)
+            push = False
+        self._session = None if push else self._public_client(way)
+        self._prober = self._make_prober(settings.probe, way) if settings.probe is not None else None
+
+    def _public_client(self, way: pool.Route) -> aiohttp.ClientSession:
+        session = _session(self._pool.connector, way, pool.exact_timeout(self.timeouts.connect))
+        wire.forbid_silent_retry(session)
+        return session
+
+    def _make_prober(self, probe: schema.Probe, way: pool.Route) -> health.Prober:
+        """With the first credential: any answer will do, so the others need not be troubled. As long to
+        answer as to connect."""
+        connect_s = self.timeouts.connect
+        session = _session(pool.single_use(way), way, pool.exact_timeout(connect_s, 2 * connect_s))
+        request = health.Request(self._outgoing.probe_url(probe.path), self.own_fields(0))
+        return health.Prober(self.name, request, probe.interval, session)
 
     # ── whether it is asked, and with which credential ───────────────────────────────────────────────────
 
     def available(self, now: float) -> bool:
-        """Healthy, not ejected, not full. A look: it changes nothing."""
+        """Ready and not full. A look: it changes nothing."""
         limit = self.settings.max_in_flight
-        return self.healthy and self.breaker.available(now) and (limit is None or self.in_flight < limit)
+        return (limit is None or self.in_flight < limit) and self.ready(now)
+
+    def ready(self, now: float) -> bool:
+        """Healthy and not ejected; if it is full, a request may wait for it."""
+        return self.healthy and self.breaker.available(now)
 
     def take_key(self, now: float) -> int:
         """The index of the credential for the next attempt: 0 if there is one or none."""
@@ -139,11 +139,10 @@ class Upstream:
         lines = self._outgoing.lines(fields, key)
         if body or method not in ("GET", "DELETE", "HEAD"):
             lines += b"Content-Length: %d\r\n" % len(body)
-        if self._wire is not None:
+        if self._session is None:
             target = self._outgoing.target(path)
             head = b"%b %b HTTP/1.1\r\n%b\r\n" % (method.encode(), target.encode(), lines)
-            return wire.WireExchange(self._wire, head, body)
-        assert self._session is not None
+            return wire.WireExchange(self._pool, head, body)
         return SessionExchange(self._session, method, self._outgoing.url(path), lines, body)
 
     def url(self, path: str) -> URL:
@@ -158,22 +157,37 @@ class Upstream:
 
     def start(self) -> None:
         """Begins what it does without being asked: connections ahead, probes. Idempotent."""
+        self._pool.start()
+        if self._prober is not None:
+            self._prober.start(self._verdict)
+
+    def _verdict(self, healthy: bool) -> None:
+        self.healthy = healthy
 
     def connections(self) -> tuple[int, int]:
         """Connections in use, and idle ones."""
-        if self._wire is not None:
-            return self._wire.counts()
-        return self.in_flight, 0
+        return (self.in_flight, 0) if self._pool.trouble is not None else self._pool.counts()
 
     async def close(self) -> None:
         """Ends everything at once, what is in use included."""
+        if self._prober is not None:
+            await self._prober.close()
+        await self._pool.close()
         if self._session is not None:
             await self._session.close()
-        await self._connector.close()
 
 
-def _trust(ca_file: str) -> ssl.SSLContext:
-    """Only this authority: a private CA is named because the public ones are not meant."""
-    context = ssl.create_default_context(cafile=ca_file)
-    context.set_alpn_protocols(["http/1.1"])
-    return context
+def _session(
+    connector: aiohttp.TCPConnector, way: pool.Route, timeout: aiohttp.ClientTimeout
+) -> aiohttp.ClientSession:
+    """Shares nothing between callers, takes nothing from the environment, changes nothing on the way."""
+    return aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),  # the default jar would share cookies between callers
+        auto_decompress=False,
+        trust_env=False,
+        proxy=way.proxy,
+        timeout=timeout,
+        max_line_size=65536,
+        max_field_size=65536,
+    )

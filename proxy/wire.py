@@ -5,27 +5,28 @@ see README, "Where the time goes"). Here the pool, TLS, DNS and happy eyeballs s
 and its checks stay the C parser's, and only the object that the parser feeds is ours: body bytes go from
 `data_received` straight to a sink, without waking a task.
 
-All private names of aiohttp's client are in this file. `self_check` tries them once at start; if one has
-changed its meaning, `upstream.py` uses the public way instead. The stream tests run over both.
+All private names of aiohttp's connection and parser are in this file (the connector's are in `pool.py`).
+`self_check` tries them once at start; if one has changed its meaning, `upstream.py` uses the public way
+instead. The stream tests run over both.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 from enum import StrEnum
 from time import monotonic
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from aiohttp import ClientSession, ClientTimeout, TCPConnector, http_parser
+from aiohttp import ClientSession, http_parser
 from aiohttp.client_proto import ResponseHandler
-from aiohttp.client_reqrep import ClientRequest
 from aiohttp.connector import Connection as PooledConnection
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from yarl import URL
 
 from proxy.errors import UpstreamFailed, UpstreamInvalid, UpstreamStale, UpstreamUnreachable
 from proxy.headers import RawHeaders, value_of
+
+if TYPE_CHECKING:
+    from proxy.pool import Pool
 
 #: Bytes of a body that may wait for somebody to take them before the upstream is paused.
 HELD_LIMIT = 65536
@@ -83,20 +84,25 @@ class _Body(StreamReader):
 
 
 class WireConnection(ResponseHandler):
-    """A pooled connection. It serves one exchange at a time; between two it takes no bytes at all."""
+    """A pooled connection. It serves one exchange at a time; between two it takes no bytes at all.
 
-    __slots__ = ("complete", "exchange", "made_at", "pieces", "used")
+    used: it has lain in the pool, so it may have been closed there. served: it has been asked something.
+    """
+
+    __slots__ = ("complete", "exchange", "made_at", "pieces", "served", "used")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
         self.made_at = monotonic()
         self.used = False
+        self.served = False
         self.exchange: WireExchange | None = None
         self.pieces: list[bytes] = []
         self.complete = False
 
     def begin(self, exchange: WireExchange) -> None:
         self.exchange = exchange
+        self.served = True
         self.complete = False
         self.set_response_params(
             read_until_eof=True,
@@ -109,7 +115,7 @@ class WireConnection(ResponseHandler):
     def data_received(self, data: bytes) -> None:
         exchange = self.exchange
         if exchange is None:
-            self._unsolicited()
+            self._received_between(data)
             return
         if not exchange.answered:
             exchange.touched = True
@@ -137,8 +143,11 @@ class WireConnection(ResponseHandler):
         elif fault is not None:
             exchange.failed(fault)
 
-    def _unsolicited(self) -> None:
+    def _received_between(self, data: bytes) -> None:
         """Bytes that answer no request: a connection in this state must not be used again (RFC 9112 9.2)."""
+        if self._parser is not None and not self.served:
+            super().data_received(data)  # aiohttp itself asks an outbound proxy for a tunnel
+            return
         self.force_close()
         if self.transport is not None:
             self.transport.close()
@@ -209,7 +218,7 @@ class WireExchange:
         "touched",
     )
 
-    def __init__(self, pool: WirePool, head: bytes, body: bytes) -> None:
+    def __init__(self, pool: Pool, head: bytes, body: bytes) -> None:
         self._pool = pool
         self._head = head
         self._body = body
@@ -278,12 +287,18 @@ class WireExchange:
             timer.cancel()
         return self._end is not None or self._held() >= self._wanted
 
-    def taken(self) -> tuple[bytes, End | None]:
+    def look(self) -> tuple[bytes, End | None]:
         """The bytes that are here, and the end if it is known."""
         assert self._protocol is not None
-        body = b"".join(self._protocol.pieces)
+        pieces = self._protocol.pieces
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces), self._end
+
+    def taken(self) -> tuple[bytes, End | None]:
+        """The same; the bytes are now the caller's."""
+        assert self._protocol is not None
+        held = self.look()
         self._protocol.pieces.clear()
-        return body, self._end
+        return held
 
     async def pump(self, sink: Sink) -> None:
         """Hands everything to the sink, from the very call in which it arrives; returns at once."""
@@ -360,39 +375,6 @@ class WireExchange:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-class WirePool:
-    """Connections of one upstream, taken from TCPConnector without a ClientRequest of their own."""
-
-    def __init__(self, connector: TCPConnector, base_url: URL, *, connect_s: float, max_age_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        connector._factory = functools.partial(WireConnection, loop=loop)  # type: ignore[assignment]
-        self._connector = connector
-        self._template = ClientRequest("POST", base_url, loop=loop)
-        self._timeout = ClientTimeout(connect=connect_s, sock_connect=connect_s)
-        self._max_age_s = max_age_s
-
-    async def acquire(self, *, fresh: bool) -> PooledConnection:
-        """An idle connection that is young enough, or a new one; `fresh`: only a new one."""
-        while True:
-            connection = await self._connector.connect(self._template, [], self._timeout)
-            protocol = connection.protocol
-            assert isinstance(protocol, WireConnection)
-            if not protocol.used or not (fresh or self.too_old(protocol)):
-                return connection
-            connection.close()
-
-    def too_old(self, protocol: WireConnection) -> bool:
-        """An address that DNS no longer gives is only left when its connections end."""
-        return monotonic() - protocol.made_at > self._max_age_s
-
-    def counts(self) -> tuple[int, int]:
-        """Connections in use, and idle ones."""
-        connector = self._connector
-        return len(connector._acquired), sum(
-            protocol.is_connected() for idle in connector._conns.values() for protocol, _ in idle
-        )
 
 
 class _Probe:
