@@ -100,7 +100,7 @@ class SessionExchange:
         except TimeoutError:
             return False
         if self._fault is not None:
-            raise translate(self._fault) from self._fault
+            raise translate(self._fault) from None  # its text may hold an outbound proxy's password
         if self._end is End.CUT and not self._held:
             raise UpstreamInvalid
         return True
@@ -156,6 +156,15 @@ class SessionExchange:
                 self._response.close()
 
 
+#: No connection, or no tunnel through the outbound proxy: the upstream has seen nothing.
+_BEFORE_SENDING = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.ClientHttpProxyError,
+    TimeoutError,
+)
+
+
 def _payload(body: bytes) -> bytes | io.BytesIO | None:
     """aiohttp warns of large bytes: it writes them in one go. A file is written in pieces."""
     return io.BytesIO(body) if len(body) > 2**20 else body or None
@@ -165,7 +174,7 @@ def translate(error: BaseException) -> UpstreamFailed:
     """aiohttp's client errors in our terms: was anything sent, and was the answer HTTP at all?"""
     if isinstance(error, UpstreamFailed):
         return error
-    if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, TimeoutError)):
+    if isinstance(error, _BEFORE_SENDING):
         return UpstreamConnectFailed()
     if isinstance(error, aiohttp.ClientResponseError):
         return UpstreamInvalid()
