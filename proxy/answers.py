@@ -12,10 +12,11 @@ import msgspec
 
 from proxy.errors import HeadraceError, UpstreamFailed, UpstreamInBand, UpstreamInvalid, UpstreamRefusedUs
 from proxy.headers import RawHeaders, value_of
+from proxy.preamble import leading
 
 #: The members that an error document may have besides `error`.
 _AROUND_ERROR = frozenset(
-    {"error", "type", "object", "request_id", "status", "code", "message", "detail", "param"}
+    {"error", "type", "object", "request_id", "status", "code", "message", "detail", "param", "user_id"}
 )
 #: An error document starts with its error: enough to look at before parsing a whole answer.
 _LOOK_BYTES = 256
@@ -41,16 +42,22 @@ def late_refusal(status: int) -> HeadraceError:
 
 def checked_body(status: int, body: bytes) -> bytes:
     """The body to pass on; raises UpstreamInBand for an error that calls itself a success."""
-    start = body[:_LOOK_BYTES]
-    if b'"error"' not in start:
+    at = leading(body)  # DeepSeek sends a blank line every few seconds while a request is queued
+    if body.find(b'"error"', at, at + _LOOK_BYTES) < 0:
         return body
-    if status < 300 and start.lstrip().startswith(b"{"):
+    if status < 300 and body.startswith(b"{", at):
         document = _decoded(body)
-        if isinstance(document, dict) and document.get("error") and document.keys() <= _AROUND_ERROR:
+        if isinstance(document, dict) and _is_error(document):
             raise UpstreamInBand
-    elif status >= 400 and start.lstrip().startswith(b"["):
+    elif status >= 400 and body.startswith(b"[", at):
         return _from_array(body)
     return body
+
+
+def _is_error(document: dict[str, Any]) -> bool:
+    """Flat errors (`{"object": "error", "message": …}`) are vLLM's."""
+    named = document.get("error") or document.get("object") == "error"
+    return bool(named) and document.keys() <= _AROUND_ERROR
 
 
 def _from_array(body: bytes) -> bytes:

@@ -67,11 +67,16 @@ _FINISH_HINTS = (b'"finish_reason":"', b'"finish_reason": "')  # the same, witho
 _BLANK_LINE = re.compile(rb"\n\r?\n|\r\r")
 _LINE_END = re.compile(rb"[\r\n]")
 _FINISH_REASON = re.compile(rb'"finish_reason": ?"[^"]')
+# OpenAI's and most others' event, Gemini's in its array, older llama.cpp's field of its own
+# (github.com/ggml-org/llama.cpp/issues/14566).
 _IN_BAND_ERROR = re.compile(
     rb"(?:\A|[\r\n])(?:event: ?error[\r\n]"
-    rb'|data: ?\{\s*"error": ?["{]'
-    rb'|data: ?\{\s*"(?:type|object)": ?"error")'
+    rb'|data: ?\[?\s*\{\s*"error": ?["{]'
+    rb'|data: ?\{\s*"(?:type|object)": ?"error"'
+    rb"|error: ?\{)"
 )
+# OpenRouter's is a chunk like all others (openrouter.ai/docs/api/reference/errors-and-debugging).
+_FINISH_ERROR = re.compile(rb'"finish_reason": ?"error"')
 
 
 class Scanner:
@@ -194,7 +199,7 @@ class Scanner:
         if not self._finished and any(tail.find(hint) >= 0 for hint in _FINISH_HINTS):
             self._finished = True
         if not self._failed and tail.find(b"error") >= 0:
-            self._failed = _IN_BAND_ERROR.search(tail) is not None
+            self._failed = self._shows_error()
         cut = self._remember(len(tail) - _KEEP)
         # So that the tail's start is no line start; a comment stays one.
         tail[:cut] = b":" if self._is_idle(line_start(tail, cut), cut) else b" "
@@ -257,7 +262,13 @@ class Scanner:
     def in_band_error(self) -> bool:
         """Did the upstream report an error inside the stream?"""
         self._read()
-        return self._failed or _IN_BAND_ERROR.search(self._tail) is not None
+        return self._failed or self._shows_error()
+
+    def _shows_error(self) -> bool:
+        if _IN_BAND_ERROR.search(self._tail):
+            return True
+        starts = [line_start(self._tail, match.start()) for match in _FINISH_ERROR.finditer(self._tail)]
+        return any(not self._tail.startswith(b":", start) for start in starts)
 
     def usage(self) -> Usage | None:
         """What the stream reported so far, None if nothing; for its end."""

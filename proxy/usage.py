@@ -145,9 +145,12 @@ class Counts(msgspec.Struct):
         prompt, completion = sides
         cached = min(self._cached() or 0, prompt)
         reasoning = _detail(self.completion_tokens_details or self.output_tokens_details, "reasoning_tokens")
-        if reasoning and _count(self.total_tokens) == prompt + completion + reasoning:
-            # xAI (docs.x.ai) and Gemini count reasoning beside the completion; it is billed as output.
-            completion += reasoning
+        beside = (_count(self.total_tokens) or 0) - prompt - completion
+        if beside > 0 and reasoning in (None, beside):
+            # xAI (docs.x.ai) and Gemini count reasoning beside the completion, Gemini's compatible endpoint
+            # in the total alone (new-api issue 1014); it is billed as output.
+            reasoning = beside
+            completion += beside
         return Report(prompt - cached, cached, 0, completion, min(reasoning or 0, completion))
 
     def _cached(self) -> int | None:

@@ -49,11 +49,16 @@ IN_BAND = [
     b'{"type":"error","error":{"type":"overloaded_error","message":"no"},"request_id":"r"}',
     b'{"object":"error","error":{"message":"no"}}',
     b'{"status":"failed","error":{"message":"' + b"x" * 10_000 + b'"}}',
+    b'{"object":"error","message":"no","type":"BadRequestError","param":null,"code":400}',  # vLLM
+    b'{"error":{"message":"no","code":502},"user_id":"user_x"}',  # OpenRouter
+    b"\n" * 1000 + b'{"error":{"message":"no"}}',  # DeepSeek, after a long wait
 ]
 NO_ERROR = [
     b'{"error":null,"id":"resp_1","output":[]}',  # a good answer of /v1/responses
     b'{"error":null}',
     b'{"error":{}}',
+    b'{"object":"error","message":"no","choices":[]}',
+    b": no JSON\n" + b'{"error":{"message":"no"}}',
     b'{"id":"x","choices":[{"message":{"content":"{\\"error\\":1}"}}],"error":{"message":"late"}}',
     b'{"content":"error"}',
     b'["error"]',
@@ -93,6 +98,7 @@ def test_gemini_array() -> None:
             "code": "invalid_argument",
         }
     }
+    assert answers.checked_body(400, b"\n" * 1000 + body) == answers.checked_body(400, body)
     for other in (
         b'[{"error": 1}]',
         b'["error", {"error":{}}]',

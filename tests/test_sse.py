@@ -212,6 +212,18 @@ def test_a_large_last_event_in_small_reads(dialect: Dialect) -> None:
         (b'data: {"error":"x"}', True),
         (b'event: error\ndata: {"type":"error","error":{}}', True),
         (b'data: {"object":"error","message":"x"}', True),
+        (b'data: {"error": {"object": "error", "message": "x", "code": 400}}\n\ndata: [DONE]', True),  # vLLM
+        (b'data: [{"error":{"code":503,"status":"UNAVAILABLE"}}]', True),  # Gemini
+        (b'error: {"code":400,"message":"x"}\n\ndata: [DONE]', True),  # llama.cpp until 2025
+        (
+            b'data: {"id":"gen-1","provider":"x","error":{"code":502,"message":"x"},'
+            b'"choices":[{"index":0,"delta":{"content":""},"finish_reason":"error"}]}',
+            True,
+        ),  # OpenRouter
+        (b'data: {"choices":[{"delta":{"content":"\\"finish_reason\\":\\"error\\""}}]}', False),
+        (b': {"finish_reason":"error"}', False),
+        (b': {"finish_reason":"error"}\n\ndata: {"finish_reason": "error"}', True),
+        (b'data: {"choices":[{"finish_reason":"stop","native_finish_reason":"error"}]}', False),
         (b'data: {"id":"r","error":null}', False),
         (b'data: {"error":null}', False),
         (b'data: {"content":"data: {\\"error\\":{}}"}', False),

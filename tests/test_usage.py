@@ -153,6 +153,21 @@ def mock_stream(route: str, behaviour: mock.Behaviour = mock.NORMAL, **body: Any
         ),
         pytest.param(
             OPENAI,
+            chunk(counts(20, 198, total_tokens=623)) + chunk(counts(20, 200, total_tokens=625)) + DONE,
+            reported(20, 605, 0, 405),
+            id="gemini: reasoning in the total alone, counted on every chunk",
+        ),
+        pytest.param(
+            OPENAI,
+            chunk(counts(20, 8, total_tokens=99, completion_tokens_details={"reasoning_tokens": 3}), []),
+            reported(20, 8, 0, 3),
+            id="a total that nobody can explain",
+        ),
+        pytest.param(
+            OPENAI, chunk(counts(20, 8, total_tokens=3), []), reported(20, 8), id="a total too small"
+        ),
+        pytest.param(
+            OPENAI,
             chunk(counts(5, 7, prompt_tokens_details=None, completion_tokens_details={}), []),
             reported(5, 7),
             id="null details",
