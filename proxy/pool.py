@@ -103,7 +103,14 @@ class SessionConnection(ResponseHandler):
     @property
     def should_close(self) -> bool:
         """Asked by the connector when an exchange gives its connection back."""
-        return super().should_close or monotonic() - self.made_at > self._max_age_s
+        return super().should_close or self._too_old()
+
+    def is_connected(self) -> bool:
+        """Asked by the connector before it takes an idle one."""
+        return super().is_connected() and not self._too_old()
+
+    def _too_old(self) -> bool:
+        return monotonic() - self.made_at > self._max_age_s
 
     def data_received(self, data: bytes) -> None:
         in_use = self in self._acquired

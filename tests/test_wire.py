@@ -22,7 +22,6 @@ pytestmark = pytest.mark.timeout(30)
 A, B = event("a"), event("b")
 STREAM = HEAD + chunk(A + DONE) + END
 SMALL = b'{"id":"x"}'
-push_only = pytest.mark.parametrize("way", [Way(push=True), Way(push=True, tls=True)], ids=str)
 
 
 async def complete(it: Lab, request: bytes, times: int = 1) -> list[Answer]:
@@ -121,7 +120,7 @@ async def test_a_spoilt_connection_is_never_used_again(way: Way, kind: str) -> N
         assert it.upstream.connections == 2
 
 
-@push_only
+@everywhere
 @pytest.mark.parametrize("spoils", [b"x", response(200, b"late"), b"HTTP/1.1 408 Timeout\r\n\r\n"])
 async def test_bytes_on_an_idle_connection(way: Way, spoils: bytes) -> None:
     """What comes while nothing was asked closes the connection, and is nobody's answer."""
@@ -166,7 +165,7 @@ async def test_an_upstream_that_closes_an_idle_connection(way: Way) -> None:
         assert it.upstream.connections == 2
 
 
-@push_only
+@everywhere
 async def test_dead_connections_are_not_counted(way: Way) -> None:
     """`upstream_idle` counts connections that could serve a request; one that has ended is none."""
     gate = Gate()
@@ -196,7 +195,7 @@ async def test_side_by_side(way: Way) -> None:
 # ── pool.* ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@push_only
+@everywhere
 async def test_max_age(way: Way) -> None:
     """A connection that is older than `pool.max_age` serves no further request."""
     async with lab(plays(STREAM), way, upstream={"pool": {"max_age": 0.05}}) as it:
@@ -207,7 +206,7 @@ async def test_max_age(way: Way) -> None:
         assert it.upstream.connections == 2
 
 
-@push_only
+@everywhere
 async def test_max_age_at_the_end_of_an_answer(way: Way) -> None:
     """A connection that has become too old during its answer is closed after it, not kept."""
     async with lab(
