@@ -36,6 +36,7 @@ resources
     metrics     every metric, named once
     tasks       the one way to start a background task
     control     the channel between processes
+    sender      a body that is sent piece by piece, while its answer may be coming
     wire        one exchange on a pooled connection, below ClientSession
     pool        connections of one upstream: kept, aged, made ahead
     health      active probes
@@ -49,6 +50,7 @@ resources
     shared      the memory that all processes count in, and who owns what in it
     stores      the stores of limits, as one process uses them
 data path
+    targets     a model's upstreams, ready to be chosen
     permit      slots a request holds; taken at once, or not at all
     slots       the waiting room: who finds no slot waits there
     slots_remote  the waiting room of several workers, in the supervisor
@@ -56,9 +58,12 @@ data path
     admission   what a caller may use: rates, tokens, slots
     core        what all requests of a process share
     intake      the body: whole, bounded, timed
+    uploads     the body of an upload: no faster than the upstream takes it
     pipe        bytes from upstream to caller
     reshape     answers that are changed on their way
-    forward     the attempts of one request
+    attempt     one try at one upstream
+    deliver     the answer on its way to the caller: head, bytes, end
+    forward     the attempts of one request: whom, again, how long to wait
 web
     middleware/ request_id, observe, errors, guard, cors, auth, limits
     key_order   what people write to get a key

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from enum import StrEnum
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ import msgspec
 from proxy.errors import LimitExceeded, Overloaded, QueueFull, TokensLimited, TooManyInFlight
 from proxy.permit import Direct, Permit, Slots, Ticket, Wanted
 from proxy.state import Charge, Slot, StoreUnavailable
+from proxy.tasks import spawn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +34,14 @@ if TYPE_CHECKING:
 
 #: The plan that callers without one wait under: a label of the queue's metrics.
 OPEN_PLAN = "open"
+
+
+class Manner(StrEnum):
+    """How a request waits for its slots."""
+
+    WAIT = "wait"
+    LOW = "low"  # it said that it is in no hurry
+    NOW = "now"  # not at all: an upload would hold its caller's bytes back
 
 
 class Reservation(msgspec.Struct):
@@ -136,10 +146,10 @@ class Admission:
 
     @asynccontextmanager
     async def seat(
-        self, ctx: Context, plan: Plan | None, upstreams: Sequence[Upstream], *, low: bool
-    ) -> AsyncIterator[Permit | None]:
+        self, ctx: Context, plan: Plan | None, upstreams: Sequence[Upstream], manner: Manner
+    ) -> AsyncIterator[Seat]:
         """The caller's own slot at once or 429; then the machine's and one upstream's together, waiting if
-        need be. They are held to the end of the block. None: observed only, there was none."""
+        need be. They are held to the end of the block."""
         async with AsyncExitStack() as held:
             began_at = monotonic()
             try:
@@ -149,23 +159,13 @@ class Admission:
                 name, priority = OPEN_PLAN, 0
                 if ctx.principal is not None and plan is not None:
                     name, priority = ctx.principal.plan, plan.priority
-                permit = await self._shared_slots(self.wanted(upstreams), Ticket(name, priority, low))
+                ticket = Ticket(name, priority, manner is Manner.LOW)
+                permit = await self._shared_slots(self.wanted(upstreams), ticket, manner)
             except StoreUnavailable:
                 raise Overloaded from None
             finally:
                 ctx.queue_s = monotonic() - began_at
-            if permit is not None:
-                await held.enter_async_context(permit)
-            yield permit
-
-    async def change_seat(self, permit: Permit | None, upstream: Upstream) -> bool:
-        """For a failover: a slot of that upstream instead, if one is free at once."""
-        if permit is None or permit.upstream == upstream.name:
-            return True
-        try:
-            return await self.slots.failover(permit, ((upstream.name, self.slot_of(upstream)),))
-        except StoreUnavailable:
-            return False
+            yield await held.enter_async_context(Seat(self, permit))
 
     async def left(self, name: str, plan: Plan) -> dict[str, object]:
         """What a caller could use now, by unit; null is no limit."""
@@ -207,11 +207,13 @@ class Admission:
             raise TooManyInFlight(1.0)
         return permit
 
-    async def _shared_slots(self, wanted: Wanted, ticket: Ticket) -> Permit | None:
+    async def _shared_slots(self, wanted: Wanted, ticket: Ticket, manner: Manner) -> Permit | None:
         """Raises QueueFull, QueueTimeout, Draining."""
-        if self.limits.mode == "observe":
+        if self.limits.mode == "observe" or manner is Manner.NOW:
             permit = await self.slots.try_now(wanted)
             self._count("global", allowed=permit is not None)
+            if permit is None and self.limits.mode == "enforce":
+                raise Overloaded
             return permit
         try:
             permit = await self.slots.enter(wanted, ticket)
@@ -243,6 +245,65 @@ class Admission:
     def _count(self, scope: str, *, allowed: bool) -> None:
         refused = "refused" if self.limits.mode == "enforce" else "observed"
         self._metrics.limit_decisions.add((scope, "allowed" if allowed else refused))
+
+
+class Seat:
+    """The shared slots of one request. `permit` None: observed only, there was none."""
+
+    __slots__ = ("_admission", "_extra", "_permit")
+
+    def __init__(self, admission: Admission, permit: Permit | None) -> None:
+        self._admission = admission
+        self._permit = permit
+        self._extra: Permit | None = None
+
+    @property
+    def upstream(self) -> str | None:
+        """Whose slot is held."""
+        return None if self._permit is None else self._permit.upstream
+
+    async def change(self, upstream: Upstream) -> bool:
+        """For a failover: a slot of that upstream instead, if one is free at once."""
+        if self._permit is None or self._permit.upstream == upstream.name:
+            return True
+        admission = self._admission
+        try:
+            return await admission.slots.failover(
+                self._permit, ((upstream.name, admission.slot_of(upstream)),)
+            )
+        except StoreUnavailable:
+            return False
+
+    async def add(self, upstream: Upstream) -> bool:
+        """For a hedge: a slot of that upstream as well, if one is free at once."""
+        if self._permit is None:
+            return True
+        admission = self._admission
+        wanted = Wanted((), ((upstream.name, admission.slot_of(upstream)),))
+        try:
+            self._extra = await admission.slots.try_now(wanted)
+        except StoreUnavailable:
+            return False
+        return self._extra is not None
+
+    async def keep(self, upstream: Upstream | None) -> None:
+        """After a hedge: only this upstream's slot. Never suspends."""
+        extra, self._extra = self._extra, None
+        if extra is None:
+            return
+        if self._permit is not None and upstream is not None and extra.upstream == upstream.name:
+            spawn(self._permit.shrink(self._permit.take_over(extra)), "shrink a permit")
+        else:
+            await extra.release()
+
+    async def __aenter__(self) -> Seat:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Never suspends."""
+        await self.keep(None)
+        if self._permit is not None:
+            await self._permit.release()
 
 
 def _as_document(decision: Decision, per_minute: int) -> dict[str, object]:

@@ -79,14 +79,7 @@ def _check_config(config: Config) -> Config:
         raise ConfigError(config.source, "upstreams", "at least one is needed")
     _check_upstream(config, config.default_upstream, "default_upstream")
     for name, model in config.models.items():
-        for index, target in enumerate(model.upstreams):
-            _check_upstream(config, target.name, f"{join('models', name)}.upstreams[{index}]")
-        for index, other in enumerate(model.fallback):
-            if config.match_model(other) is None:
-                path = f"{join('models', name)}.fallback[{index}]"
-                raise ConfigError(
-                    config.source, path, f"unknown model {other!r}{suggest(other, config.models)}"
-                )
+        _check_model(config, join("models", name), model)
     for name, upstream in config.upstreams.items():
         if upstream.api_key and upstream.api_keys:
             path = f"{join('upstreams', name)}.api_keys"
@@ -104,6 +97,18 @@ def _check_config(config: Config) -> Config:
     _check_jwt(config)
     _check_browser_api(config)
     return config
+
+
+def _check_model(config: Config, path: str, model: Model) -> None:
+    for index, target in enumerate(model.upstreams):
+        _check_upstream(config, target.name, f"{path}.upstreams[{index}]")
+    for index, other in enumerate(model.fallback):
+        place = f"{path}.fallback[{index}]"
+        if is_pattern(other):
+            raise ConfigError(config.source, place, f"expected a model's name, got the pattern {other!r}")
+        if config.match_model(other) is None:
+            message = f"unknown model {other!r}{suggest(other, config.models)}"
+            raise ConfigError(config.source, place, message)
 
 
 def _check_jwt(config: Config) -> None:

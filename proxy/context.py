@@ -61,6 +61,7 @@ class Context:
         "error_code",
         "first_byte_at",
         "first_token_at",
+        "given_up",
         "model",
         "phase",
         "principal",
@@ -92,6 +93,7 @@ class Context:
         self.model: str | None = None  # as configured: a label
         self.upstream: str | None = None
         self.attempts = 0
+        self.given_up = False  # two attempts or more ended in a 5xx: the caller's SDK need not try again
         self.reached_upstream = False
         self.committed = False  # a byte of the upstream's answer went to the caller: no more retries
         self.streaming = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from proxy.errors import ModelNotFound, Overloaded
+from proxy.retry import RetryBudget
 
 if TYPE_CHECKING:
     from proxy import config
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from proxy.log import RequestLog
     from proxy.metrics import Metrics
     from proxy.schema import Plan
+    from proxy.targets import Groups, Targets
     from proxy.upstream import Upstream
 
 
@@ -47,6 +49,8 @@ class Core:
     ) -> None:
         self.config = settings
         self.upstreams = upstreams
+        self.targets: Targets  # of these upstreams: set whenever they are
+        self.retry_budget = RetryBudget(settings.retry.budget)
         self.metrics = metrics
         self.request_log = request_log
         self.started_at = started_at  # wall clock, seconds: `created` of the models list
@@ -61,15 +65,14 @@ class Core:
         """The plan that limits a caller; open mode has none."""
         return None if principal is None else self.config.plans[principal.plan]
 
-    def route(self, model: str | None) -> tuple[str, list[tuple[Upstream, str | None]]]:
-        """The configured name of a model (the metric label) and whom to ask, under which name.
+    def route(self, model: str | None) -> tuple[str, Groups]:
+        """The configured name of a model (the metric label), and whom to ask.
 
         None is a route without a model: `default_upstream`. Raises ModelNotFound.
         """
         if model is None:
-            return "none", [(self.upstreams[self.config.default_upstream], None)]
-        found = self.config.match_model(model)
+            return "none", self.targets.default
+        found = self.targets.find(model)
         if found is None:
             raise ModelNotFound
-        name, entry = found
-        return name, [(self.upstreams[target.name], target.model) for target in entry.upstreams]
+        return found

@@ -1,118 +1,84 @@
-"""The attempts of one request: lease, send, wait for the first byte, commit, pipe.
+"""The attempts of one request: whom to ask, whether again, after how long.
 
 Until `ctx.committed` an attempt may fail and another one be made; from the first byte of the upstream's
-answer on there is only one way: to the end, or to a visible break. A heartbeat that was sent early
-(`streams.commit_after`) fixes the status at 200 but is no commit: another attempt is still allowed.
+answer on there is only one way: to the end, or to a visible break. What may be tried again is `retry`'s to
+say, who is next `routing`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Sequence
+import random
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from aiohttp import HttpVersion11, web
-from multidict import CIMultiDict
+from aiohttp import web
 
-from proxy import answers, headers
+from proxy import answers, retry
+from proxy.attempt import Answered, Attempt
+from proxy.breaker import soonest_s
 from proxy.context import Context, Phase
 from proxy.errors import (
     Draining,
     HeadraceError,
     Killed,
+    NoUpstreamAvailable,
     Reason,
     UpstreamConnectFailed,
-    UpstreamCut,
     UpstreamDeadline,
     UpstreamFailed,
-    UpstreamInvalid,
-    UpstreamStale,
     UpstreamTimeout,
 )
-from proxy.pipe import HEARTBEAT, TIMER_SLACK_S, Clocks, Pipe, break_off
-from proxy.reshape import WHOLE_LIMIT, ReshapedPipe
+from proxy.pipe import TIMER_SLACK_S
+from proxy.preamble import leading
 from proxy.session import translate
-from proxy.sse import Scanner
-from proxy.usage import find_in_json
-from proxy.wire import HELD_LIMIT, End
+from proxy.tasks import spawn
+from proxy.wire import HELD_LIMIT
 
 if TYPE_CHECKING:
-    from proxy import schema
-    from proxy.metrics import Metrics
-    from proxy.reshape import Reshape
-    from proxy.upstream import Exchange, Upstream
-
-_STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache, no-transform",
-    "X-Accel-Buffering": "no",  # nginx buffers by default
-}
-#: Attempts whose caller has gone are no verdict on the upstream.
-_CANCELLED = "cancelled"
-
-
-#: Is there a slot for this upstream, at once?
-MayAsk = Callable[["Upstream"], Awaitable[bool]]
-
-
-async def _anybody(_: Upstream) -> bool:
-    return True
-
-
-class Job:
-    """What is to be asked: the same for every attempt, but for the model's name."""
-
-    __slots__ = ("bodies", "fields", "method", "path", "reshape", "wants_stream")
-
-    def __init__(
-        self,
-        method: str,
-        path: str,
-        fields: bytes,
-        bodies: Sequence[bytes],
-        *,
-        wants_stream: bool,
-        reshape: Reshape | None = None,
-    ) -> None:
-        self.method = method
-        self.path = path
-        self.fields = fields
-        self.bodies = bodies  # one per target
-        self.wants_stream = wants_stream
-        self.reshape = reshape  # None: the answer is passed on as it is
+    from proxy.admission import Seat
+    from proxy.attempt import Job
+    from proxy.core import Core
+    from proxy.deliver import Delivery
+    from proxy.routing import Turns
+    from proxy.targets import Groups, Target
 
 
 class Forwarding:
     """One request on its way through the upstreams."""
 
-    def __init__(
-        self, request: web.Request, ctx: Context, streams: schema.Streams, write_s: float, metrics: Metrics
-    ) -> None:
-        self._request = request
+    def __init__(self, core: Core, ctx: Context, delivery: Delivery, seat: Seat) -> None:
         self._ctx = ctx
-        self._streams = streams
-        self._write_s = write_s
-        self._metrics = metrics
-        self._response: web.StreamResponse | None = None
-        self._pipe_now: Pipe | None = None
-        self._reshape: Reshape | None = None
-        self.may_ask: MayAsk = _anybody
-        self._began_at = 0.0
-        self._queued_until = 0.0
+        self._delivery = delivery
+        self._seat = seat
+        self._metrics = core.metrics
+        self._policy = core.config.retry
+        self._streams = core.config.streams
+        self._budget = core.retry_budget
+        self._account: retry.Account
+        self._turns: Turns[Target]
+        self._verdict = retry.Verdict.NO
+        self._stale = False  # this request has already been repeated because of a stale connection
+        self._reached = False
+        self._server_errors = 0
+        self._beat_at = math.inf
         self._total_at = 0.0
 
-    async def run(self, job: Job, targets: Sequence[Upstream]) -> web.StreamResponse:
+    async def run(self, job: Job, groups: Groups, turns: Turns[Target], first: Target) -> web.StreamResponse:
         """Returns when the last byte has gone to the caller; raises HeadraceError if nothing has."""
-        ctx = self._ctx
-        self._reshape = job.reshape
-        self._queued_until = self._began_at = monotonic()
-        self._total_at = self._began_at + targets[0].timeouts.total
-        for upstream in targets:
-            upstream.users += 1  # a reload must not close one that may still be asked
+        ctx, delivery = self._ctx, self._delivery
+        now = monotonic()
+        delivery.reshape = job.reshape
+        self._turns = turns
+        self._account = self._budget.open()
+        self._total_at = delivery.total_at = now + first.upstream.timeouts.total
+        if job.wants_stream:
+            delivery.wraps = self._streams.wrap_json
+            self._beat_at = now + (self._streams.commit_after or math.inf)
+        _use(groups, 1)  # a reload must not close one that may still be asked
         try:
-            return await self._attempts(job, targets)
+            return await self._attempts(job, first)
         except HeadraceError as error:
             failure = error
         except asyncio.CancelledError:
@@ -120,298 +86,236 @@ class Forwarding:
                 raise  # the caller has left
             failure = _stopped(ctx.stopped)
         finally:
-            for upstream in targets:
-                upstream.users -= 1
-        if self._response is None:
+            self._account.close()
+            _use(groups, -1)
+        if not delivery.started:
             raise failure
-        return await self._break_off(failure)
+        return await delivery.break_off(failure)
 
-    async def _attempts(self, job: Job, targets: Sequence[Upstream]) -> web.StreamResponse:
-        """One upstream after the other while nothing was sent to any of them."""
-        last: UpstreamFailed = UpstreamConnectFailed()
-        for upstream, body in zip(targets, job.bodies, strict=True):
-            if not await self.may_ask(upstream):
-                continue
-            try:
-                return await self._fresh_if_stale(job, upstream, body)
-            except UpstreamConnectFailed as error:
-                last = error
-        raise last
+    # ── one after the other ──────────────────────────────────────────────────────────────────────────────
 
-    async def _fresh_if_stale(self, job: Job, upstream: Upstream, body: bytes) -> web.StreamResponse:
+    async def _attempts(self, job: Job, first: Target) -> web.StreamResponse:
+        lost: tuple[UpstreamFailed, Target] | None = None
+        target: Target | None = first
+        fresh = False
+        while target is not None:
+            attempt = self._begin(job, target, fresh=fresh)
+            if attempt is not None:
+                try:
+                    return await self._try(job, attempt)
+                except UpstreamFailed as error:
+                    lost = error, target
+                if self._ctx.committed or self._verdict is retry.Verdict.NO:
+                    break
+            fresh = attempt is not None and self._verdict is retry.Verdict.FRESH
+            if not (fresh and self._account.take()):
+                fresh = False
+                target = await self._next()
+        if lost is None:
+            raise nobody_available(self._turns)
+        return self._last(*lost)
+
+    async def _next(self) -> Target | None:
+        """Whom to ask instead, once it may be asked; None: nobody, or there is no budget or time for it."""
+        while (turn := self._turns.next()) is not None:
+            target, at = turn
+            if at >= self._total_at or not self._account.take():
+                return None
+            if await self._seat.change(target.upstream):
+                await self._pause(at, target)
+                return target
+            self._turns.rest(target, math.inf)  # full: a failover waits for no slot
+        return None
+
+    async def _pause(self, until: float, target: Target) -> None:
+        while (now := monotonic()) < until:
+            await asyncio.sleep(min(until, self._beat_at) - now)
+            if monotonic() >= self._beat_at:
+                await self._beat(target)
+
+    def _last(self, error: UpstreamFailed, target: Target) -> web.StreamResponse:
+        """The last upstream answer passes as it is."""
+        if not isinstance(error, Answered):
+            raise error
+        if self._delivery.started:
+            raise answers.late_refusal(error.answer.status)
+        return self._delivery.pass_on(error.answer, target)
+
+    # ── one attempt ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _begin(self, job: Job, target: Target, *, fresh: bool = False) -> Attempt | None:
+        """None: its breaker does not let it pass."""
+        attempt = Attempt(job, target, self._metrics, fresh=fresh)
+        if not attempt.admitted():
+            self._turns.rest(target, math.inf)
+            return None
+        self._turns.took(target)
+        self._ctx.attempts += 1
+        self._ctx.phase = Phase.FIRST_BYTE
+        self._is_with(target)
+        return attempt
+
+    def _is_with(self, target: Target) -> None:
+        self._ctx.upstream = target.upstream.name
+        if target.label is not None:
+            self._ctx.model = target.label
+
+    async def _try(self, job: Job, attempt: Attempt) -> web.StreamResponse:
+        race = [attempt]
         try:
-            return await self._attempt(job, upstream, body)
-        except UpstreamStale:
-            return await self._attempt(job, upstream, body, fresh=True)
-
-    async def _attempt(
-        self, job: Job, upstream: Upstream, body: bytes, *, fresh: bool = False
-    ) -> web.StreamResponse:
-        ctx = self._ctx
-        ctx.attempts += 1
-        ctx.upstream = upstream.name
-        ctx.phase = Phase.FIRST_BYTE
-        exchange = upstream.exchange(job.method, job.path, job.fields, body)
-        exchange.fresh = fresh
-        upstream.in_flight += 1
-        result = _CANCELLED
-        try:
-            await self._send(exchange)
-            await self._first_byte(exchange, upstream, stream=job.wants_stream)
-            response = await self._answer(exchange, upstream)
-            result = self._result(exchange.status)
-            return response
-        except UpstreamFailed as error:
-            result = error.result
-            raise
+            if job.hedge_after_s is None:
+                await self._open(job, attempt)
+            else:
+                attempt = await self._race(job, race)
+            return await self._deliver(job, attempt)
         finally:
-            exchange.close()
-            upstream.in_flight -= 1
-            self._metrics.upstream_attempts.add((upstream.name, result))
+            for each in race:
+                each.close()
 
-    def _result(self, status: int) -> str:
-        """The attempt's label, once its answer has been delivered or broken off."""
-        if status >= 500 or status == 429:
-            return "status"
-        reason = self._ctx.reason
-        if reason in (Reason.UPSTREAM_STALL, Reason.DEADLINE):
-            return "timeout"
-        if reason is Reason.UPSTREAM_CUT:
-            return "reset"
-        return _CANCELLED if reason is Reason.CLIENT_GONE else "ok"
+    async def _open(self, job: Job, attempt: Attempt) -> None:
+        """Returns with the first byte of an answer that is the caller's. Raises UpstreamFailed."""
+        try:
+            await self._send(attempt)
+            await self._first_byte(attempt)
+            attempt.answered()
+            self._account.give_back(reached=True)
+            if attempt.exchange.status >= 500:
+                self._server_errors += 1
+                self._ctx.given_up = self._server_errors > 1
+            await attempt.refuse(self._policy.statuses, self._total_at)
+        except UpstreamFailed as error:
+            self._lose(job, attempt, error)
+            raise
+
+    async def _deliver(self, job: Job, attempt: Attempt) -> web.StreamResponse:
+        ctx = self._ctx
+        ctx.first_byte_at = monotonic()
+        try:
+            response = await self._delivery.answer(attempt.exchange, attempt.target)
+        except UpstreamFailed as error:
+            self._lose(job, attempt, error)
+            raise
+        attempt.delivered(ctx.reason)
+        return response
+
+    def _lose(self, job: Job, attempt: Attempt, error: UpstreamFailed) -> None:
+        """Takes down what a failed attempt means for the next one."""
+        attempt.failed(error)
+        reached = not isinstance(error, UpstreamConnectFailed)
+        self._account.give_back(reached=reached)
+        self._reached = self._ctx.reached_upstream = self._reached or reached
+        now, attempts = monotonic(), self._ctx.attempts
+        failure = attempt.failure(job, error, stale_before=self._stale)
+        self._verdict = retry.may_retry(failure, attempts, self._policy)
+        self._stale = self._stale or self._verdict is retry.Verdict.FRESH
+        left_s = self._total_at - now
+        wait_s = retry.wait_s(failure, attempts - 1, self._policy, random.random, left_s)
+        self._turns.rest(attempt.target, math.inf if wait_s is None else now + wait_s)
 
     # ── until the first byte ─────────────────────────────────────────────────────────────────────────────
 
-    async def _send(self, exchange: Exchange) -> None:
-        ctx = self._ctx
+    async def _send(self, attempt: Attempt) -> None:
         try:
-            await exchange.send()
+            await attempt.exchange.send()
+        except HeadraceError:
+            raise
         except Exception as error:
             raise translate(error) from error
-        ctx.reached_upstream = True
-        ctx.sent_at = monotonic()
+        self._ctx.reached_upstream = True
+        self._ctx.sent_at = monotonic()
 
-    async def _first_byte(self, exchange: Exchange, upstream: Upstream, *, stream: bool) -> None:
-        """Waits for the first byte of the body; meanwhile, and only for streams, keeps the caller warm."""
-        ctx = self._ctx
-        sent_at = ctx.sent_at or monotonic()
-        first_byte_at = sent_at + upstream.timeouts.first_byte
-        beat_at = self._queued_until + self._streams.commit_after
-        beats = stream and self._streams.commit_after > 0
+    async def _first_byte(self, attempt: Attempt) -> None:
+        """Waits for the answer's own first byte; meanwhile, and only for streams, keeps the caller warm."""
+        exchange = attempt.exchange
+        first_byte_s = attempt.upstream.timeouts.first_byte
+        preamble = 0  # bytes
         while True:
+            first_byte_at = exchange.asked_at + first_byte_s
             limit = min(first_byte_at, self._total_at)
-            if await exchange.hold(1, min(limit, beat_at) if beats else limit):
-                break
+            if await exchange.hold(preamble + 1, min(limit, self._beat_at)):
+                held, end = exchange.look()
+                preamble = leading(held, preamble)
+                if preamble < len(held) or end is not None or preamble >= HELD_LIMIT:
+                    return
+                continue
             now = monotonic() + TIMER_SLACK_S
             if now >= self._total_at:
                 raise UpstreamDeadline
             if now >= first_byte_at:
                 raise UpstreamTimeout
-            if beats and now >= beat_at:
+            if now >= self._beat_at:
                 if exchange.answered and not answers.is_event_stream(exchange.status, exchange.fields):
-                    beats = False  # its head is here, and is no stream's: 200 would be a lie
-                    continue
-                await self._keep_warm(upstream)
-                beat_at = now + (self._streams.heartbeat or math.inf)
-        ctx.first_byte_at = monotonic()
+                    self._beat_at = math.inf  # its head is here, and is no stream's: 200 would be a lie
+                else:
+                    await self._beat(attempt.target)
 
-    async def _keep_warm(self, upstream: Upstream) -> None:
-        """Commits to 200 before the upstream has answered, so that no proxy on the way gives up."""
-        if self._response is None:
-            self._response = response = web.StreamResponse(headers=CIMultiDict(_STREAM_HEADERS))
-            await self._prepare(response, upstream)
-        self._metrics.heartbeats.add()
-        await self._response.write(HEARTBEAT)
+    async def _beat(self, target: Target) -> None:
+        self._beat_at = monotonic() + (self._streams.heartbeat or math.inf)
+        await self._delivery.keep_warm(target)
 
-    async def _prepare(self, response: web.StreamResponse, upstream: Upstream) -> None:
-        self._describe(response.headers, upstream)
-        if response.content_length is None and self._request.version == HttpVersion11:
-            response.enable_chunked_encoding()
-        await response.prepare(self._request)
-        self._ctx.status = response.status
+    # ── two at once ──────────────────────────────────────────────────────────────────────────────────────
 
-    def _describe(self, fields: CIMultiDict[str], upstream: Upstream) -> None:
-        """Our own fields on a proxied answer."""
-        ctx = self._ctx
-        fields["x-headrace-upstream"] = upstream.name
-        fields["x-headrace-attempts"] = str(ctx.attempts)
-        waited_ms = (ctx.queue_s or 0.0) * 1000
-        upstream_ms = (monotonic() - (ctx.sent_at or monotonic())) * 1000
-        fields["server-timing"] = f"queue;dur={waited_ms:.1f}, upstream;dur={upstream_ms:.1f}"
-
-    def _passed_on(self, exchange: Exchange) -> CIMultiDict[str]:
-        """The upstream's quota is shown only to callers without a plan of their own."""
-        return CIMultiDict(headers.to_caller(exchange.fields, keep_ratelimit=self._ctx.principal is None))
-
-    # ── the answer ───────────────────────────────────────────────────────────────────────────────────────
-
-    async def _answer(self, exchange: Exchange, upstream: Upstream) -> web.StreamResponse:
-        answers.refuse_unusable(exchange.status)
-        if self._reshape is not None:
-            self._reshape.check(exchange.status, exchange.fields)
-        if answers.is_event_stream(exchange.status, exchange.fields):
-            return await self._stream(exchange, upstream)
-        if self._response is not None:
-            raise answers.late_refusal(exchange.status)
-        return await self._whole(exchange, upstream)
-
-    async def _stream(self, exchange: Exchange, upstream: Upstream) -> web.StreamResponse:
-        ctx = self._ctx
-        ctx.streaming = True
-        ctx.phase = Phase.STREAM
-        expects = ctx.endpoint is not None and ctx.endpoint.ends_with_terminator
-        encoded = headers.value_of(exchange.fields, b"content-encoding") is not None
-        scanner = Scanner(ctx.dialect, expects_terminator=expects and not encoded)
-        if self._response is None:
-            fields = self._passed_on(exchange)
-            fields.update(_STREAM_HEADERS | {"Content-Type": fields["Content-Type"]})
-            response = web.StreamResponse(status=exchange.status, reason=exchange.reason, headers=fields)
-            await self._prepare(response, upstream)
-            self._response = response
-        self._metrics.streams_active.add((upstream.name,), 1)
+    async def _race(self, job: Job, race: list[Attempt]) -> Attempt:
+        """Asks a second upstream too if the first is slow; who answers first stays, the other is closed."""
+        tasks = {spawn(self._outcome(job, race[0]), "attempt"): race[0]}
+        won: Attempt | None = None
         try:
-            return await self._pipe(exchange, upstream, scanner)
+            done, _ = await asyncio.wait(tasks, timeout=job.hedge_after_s)
+            if not done and (hedge := await self._hedge(job)) is not None:
+                race.append(hedge)
+                tasks[spawn(self._outcome(job, hedge), "hedge")] = hedge
+            won = await _first_to_answer(tasks)
+            self._is_with(won.target)
+            return won
         finally:
-            self._metrics.streams_active.add((upstream.name,), -1)
+            for task, attempt in tasks.items():
+                if attempt is not won:
+                    task.cancel()
+                    attempt.close()
+            await self._seat.keep(None if won is None else won.upstream)
 
-    async def _whole(self, exchange: Exchange, upstream: Upstream) -> web.StreamResponse:
-        """An answer that is no stream: small ones are looked at and sent at once, large ones piped."""
-        ctx = self._ctx
-        ctx.phase = Phase.ANSWER
-        await self._hold_small(exchange, upstream)
-        body, end = exchange.taken()
-        rewrite = None if self._reshape is None else self._reshape.rewrite
-        if rewrite is not None and end is None:
-            body, end = await self._hold_whole(exchange, upstream, body)
-        fields = self._passed_on(exchange)
-        if end is not None:
-            if end is End.CUT:
-                raise UpstreamCut
-            body = answers.checked_body(exchange.status, body)
-            ctx.usage = find_in_json(ctx.dialect, body) if b'"usage"' in body else None
-            if rewrite is not None:
-                body = rewrite(exchange.status, body)
-            response = web.Response(status=exchange.status, reason=exchange.reason, body=body, headers=fields)
-            self._describe(response.headers, upstream)
-            ctx.committed = True
-            ctx.chunks, ctx.bytes_out, ctx.status = 1, len(body), exchange.status
-            ctx.reason = Reason.UPSTREAM_ERROR if exchange.status >= 500 else Reason.COMPLETE
-            return response
-        length = headers.value_of(exchange.fields, b"content-length")
-        large = web.StreamResponse(status=exchange.status, reason=exchange.reason, headers=fields)
-        if length is not None:
-            large.content_length = int(length)
-        await self._prepare(large, upstream)
-        self._response = large
-        return await self._pipe(exchange, upstream, None, body)
-
-    async def _hold_small(self, exchange: Exchange, upstream: Upstream) -> None:
-        idle_s = upstream.timeouts.idle
-        while not await exchange.hold(HELD_LIMIT, min(exchange.last_at + idle_s, self._total_at)):
-            now = monotonic() + TIMER_SLACK_S
-            if now >= self._total_at:
-                raise UpstreamDeadline
-            if now >= exchange.last_at + idle_s:
-                raise UpstreamTimeout
-
-    async def _hold_whole(
-        self, exchange: Exchange, upstream: Upstream, first: bytes
-    ) -> tuple[bytes, End | None]:
-        """For an answer that is rewritten, of whatever size."""
-        body, end = bytearray(first), None
-        while end is None:
-            if len(body) > WHOLE_LIMIT:
-                raise UpstreamInvalid
-            exchange.resume()  # what it held was more than it keeps by itself
-            try:
-                await self._hold_small(exchange, upstream)
-            except UpstreamInvalid:
-                raise UpstreamCut from None  # it began well
-            piece, end = exchange.taken()
-            body += piece
-        return bytes(body), end
-
-    async def _pipe(
-        self, exchange: Exchange, upstream: Upstream, scanner: Scanner | None, first: bytes = b""
-    ) -> web.StreamResponse:
-        ctx, response = self._ctx, self._response
-        assert response is not None
-        writer = await response.prepare(self._request)
-        assert writer is not None
-        clocks = Clocks(upstream.timeouts.idle, self._total_at, self._streams.heartbeat, self._write_s)
-        parts = (ctx, self._request, response, writer, scanner, clocks)
-        transform = None if self._reshape is None or scanner is None else self._reshape.transform
-        self._pipe_now = pipe = Pipe(*parts) if transform is None else ReshapedPipe(transform, *parts)
-        ctx.committed = True
+    async def _outcome(self, job: Job, attempt: Attempt) -> HeadraceError | None:
+        """The failure as a value: nobody may be left to take an exception."""
         try:
-            if first:
-                await pipe.deliver(first)
-            await pipe.run(exchange)
-        finally:
-            if scanner is not None:
-                self._metrics.inter_chunk.merge((upstream.name,), pipe.gaps, pipe.gaps_s)
-                ctx.usage = scanner.usage() or scanner.estimate(ctx.asked_tokens)
-            if pipe.heartbeats:
-                self._metrics.heartbeats.add((), pipe.heartbeats)
-        return await self._conclude(pipe, exchange.status)
+            await self._open(job, attempt)
+        except HeadraceError as error:
+            return error
+        return None
 
-    # ── the end ──────────────────────────────────────────────────────────────────────────────────────────
-
-    async def _conclude(self, pipe: Pipe, status: int) -> web.StreamResponse:
-        ctx, response = self._ctx, self._response
-        assert response is not None
-        ctx.reason = pipe.verdict()
-        if ctx.reason is Reason.COMPLETE or (ctx.reason is Reason.UPSTREAM_ERROR and pipe.ended_well):
-            if ctx.reason is Reason.COMPLETE and status >= 500:
-                ctx.reason = Reason.UPSTREAM_ERROR
-            rest = pipe.rest()
-            ctx.bytes_out += len(rest)
-            return await self._finish(rest)
-        if ctx.reason in (Reason.CLIENT_GONE, Reason.UPSTREAM_ERROR):
-            return await self._abort()  # nobody is there, or the upstream has said itself what happened
-        return await self._break_off(_after_commit(ctx.reason))
-
-    async def _finish(self, rest: bytes) -> web.StreamResponse:
-        """The end of the body; a caller that does not take it any more has left."""
-        assert self._response is not None
-        try:
-            async with asyncio.timeout(self._write_s):
-                await self._response.write_eof(rest)
-        except TimeoutError:
-            self._ctx.reason = Reason.CLIENT_GONE
-            return await self._abort()
-        return self._response
-
-    async def _break_off(self, error: HeadraceError) -> web.StreamResponse:
-        """The error event in the route's dialect if the stream is between two events, then the abort:
-        never a clean end."""
-        ctx = self._ctx
-        ctx.reason = error.reason
-        ctx.error_code = error.code
-        if self._pipe_now is not None and not self._pipe_now.takes_event():
-            return await self._abort()
-        transport = self._request.transport
-        if transport is not None and not transport.is_closing():
-            assert self._response is not None
-            event = error.event(ctx.dialect, ctx.request_id)
-            transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._response.chunked else event)
-        return await self._abort()
-
-    async def _abort(self) -> web.StreamResponse:
-        assert self._response is not None
-        transport = self._request.transport
-        if transport is not None:
-            framed = self._response.chunked or self._response.content_length is not None
-            await break_off(transport, framed=framed)
-        return self._response
+    async def _hedge(self, job: Job) -> Attempt | None:
+        """An attempt at another upstream, if there is one, and budget and a slot for it."""
+        turn = self._turns.next()
+        if turn is None or self._turns.asked(turn[0]) or self._ctx.attempts >= self._policy.attempts:
+            return None
+        self._account.give_back(reached=True)
+        if not (job.replayable and self._account.take() and await self._seat.add(turn[0].upstream)):
+            return None
+        return self._begin(job, turn[0])
 
 
-def _after_commit(reason: Reason) -> UpstreamFailed:
-    if reason is Reason.UPSTREAM_STALL:
-        return UpstreamTimeout()
-    if reason is Reason.DEADLINE:
-        return UpstreamDeadline()
-    return UpstreamCut()
+async def _first_to_answer(tasks: dict[asyncio.Task[HeadraceError | None], Attempt]) -> Attempt:
+    """Raises the last failure if all fail."""
+    waiting = set(tasks)
+    while True:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            error = task.result()
+            if error is None:
+                return tasks[task]
+        if not waiting:
+            assert error is not None
+            raise error
+
+
+def nobody_available(turns: Turns[Target]) -> NoUpstreamAvailable:
+    """Everything is open: with the time until the first of them lets a request pass."""
+    return NoUpstreamAvailable(soonest_s([each.upstream.breaker for each in turns.all()], monotonic()))
+
+
+def _use(groups: Groups, change: int) -> None:
+    for group in groups:
+        for target in group:
+            target.upstream.users += change
 
 
 def _stopped(reason: Reason) -> HeadraceError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import random
 from datetime import UTC, datetime
-from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -12,9 +12,11 @@ import msgspec
 from aiohttp import web
 
 from proxy import browser_api, endpoints, headers, identity, tokens
-from proxy.admission import Reservation
+from proxy.admission import Manner, Reservation
+from proxy.attempt import Job
 from proxy.context import CONTEXT, CORE, Context, Phase
 from proxy.core import Core
+from proxy.deliver import Delivery
 from proxy.endpoints import Endpoint, Model
 from proxy.errors import (
     BadRequest,
@@ -25,16 +27,16 @@ from proxy.errors import (
     NotFound,
     Refused,
 )
-from proxy.forward import Forwarding, Job
+from proxy.forward import Forwarding, nobody_available
 from proxy.intake import HeldBody
-from proxy.peek import Peek, peek, with_model
+from proxy.peek import Peek, peek
 from proxy.reshape import Reshape
+from proxy.routing import Turns
 
 if TYPE_CHECKING:
     from proxy.identity import Principal
-    from proxy.permit import Permit
     from proxy.schema import Plan
-    from proxy.upstream import Upstream
+    from proxy.targets import Groups
 
 
 async def dispatch(request: web.Request) -> web.StreamResponse:
@@ -82,28 +84,56 @@ async def forward_body(
     ctx.phase = Phase.QUEUE
     name = _model_name(core, endpoint, asked)
     ctx.model = None if name is None else "other"  # until it is known to be configured: a closed set
-    ctx.model, targets = core.route(name)
+    ctx.model, groups = core.route(name)
     _check_model(ctx.principal, name)
     plan = _plan_of(core, ctx.principal)
     ctx.asked_tokens = tokens.estimate_prompt(body)
     reservation = await _reserve(core, ctx, plan, asked)
     try:
-        upstreams = [upstream for upstream, _ in targets]
-        async with core.admission.seat(ctx, plan, upstreams, low=_is_low(request)) as permit:
-            targets = _from(targets, permit)
-            job = Job(
-                request.method,
-                endpoint.asks or endpoints.upstream_path(request.raw_path),
-                headers.to_upstream(request.raw_headers) + b"x-request-id: %b\r\n" % ctx.request_id.encode(),
-                [body if name in (None, asked.model) else with_model(body, name) for _, name in targets],
-                wants_stream=bool(asked.stream),
-                reshape=reshape,
-            )
-            forwarding = Forwarding(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
-            forwarding.may_ask = partial(core.admission.change_seat, permit)
-            return await forwarding.run(job, [upstream for upstream, _ in targets])
+        entry = settings.models.get(ctx.model)
+        job = Job(
+            method=request.method,
+            path=endpoint.asks or endpoints.upstream_path(request.raw_path),
+            fields=headers.to_upstream(request.raw_headers)
+            + b"x-request-id: %b\r\n" % ctx.request_id.encode(),
+            body=body,
+            model=name,
+            wants_stream=bool(asked.stream),
+            reshape=reshape,
+            hedge_after_s=None if entry is None else entry.hedge_after,
+        )
+        groups = _allowed(ctx.principal, groups)
+        return await _ask(request, job, groups, Manner.LOW if _is_low(request) else Manner.WAIT)
     finally:
         await core.admission.settle(reservation, ctx.used_tokens())
+
+
+async def _ask(request: web.Request, job: Job, groups: Groups, manner: Manner) -> web.StreamResponse:
+    """Waits for a place at one of the upstreams, and goes there. Raises NoUpstreamAvailable."""
+    core, ctx = request.app[CORE], request[CONTEXT]
+    turns = Turns(groups, random.random)
+    ranking = turns.ranking()
+    if not ranking:
+        raise nobody_available(turns)
+    plan = _plan_of(core, ctx.principal)
+    upstreams = [target.upstream for target in ranking]
+    async with core.admission.seat(ctx, plan, upstreams, manner) as seat:
+        first = next((each for each in ranking if each.upstream.name == seat.upstream), ranking[0])
+        settings = core.config
+        delivery = Delivery(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
+        return await Forwarding(core, ctx, delivery, seat).run(job, groups, turns, first)
+
+
+def _allowed(principal: Principal | None, groups: Groups) -> Groups:
+    """A caller's list of models holds for those that another one falls back to as well."""
+    if principal is None or not principal.models or len(groups) == 1:
+        return groups
+    allowed = [
+        group
+        for group in groups
+        if group[0].fallback is None or identity.may_use_model(principal, group[0].fallback)
+    ]
+    return tuple(allowed)
 
 
 def _plan_of(core: Core, principal: Principal | None) -> Plan | None:
@@ -139,15 +169,6 @@ async def _reserve(core: Core, ctx: Context, plan: Plan | None, asked: Peek) -> 
 def _is_low(request: web.Request) -> bool:
     """A caller may say that it is in no hurry."""
     return request.headers.get("x-headrace-priority", "").lower() == "low"
-
-
-def _from(
-    targets: list[tuple[Upstream, str | None]], permit: Permit | None
-) -> list[tuple[Upstream, str | None]]:
-    """The targets, beginning with the one whose slot is held."""
-    names = [upstream.name for upstream, _ in targets]
-    first = 0 if permit is None else names.index(permit.upstream)
-    return targets[first:] + targets[:first]
 
 
 def _is_json(content_type: str) -> bool:

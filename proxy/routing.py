@@ -78,6 +78,9 @@ class Turns(Generic[C]):
         self._asked: dict[C, int] = {}
         self._not_before: dict[C, float] = {}
 
+    def all(self) -> list[C]:
+        return [candidate for group in self._groups for candidate in group]
+
     def ranking(self) -> list[C]:
         """Those of the first group that can answer, best first; those that are full only after all others.
         Empty: nobody can."""
@@ -99,6 +102,10 @@ class Turns(Generic[C]):
     def took(self, candidate: C) -> None:
         """It is being asked."""
         self._asked[candidate] = self._asked.get(candidate, 0) + 1
+
+    def asked(self, candidate: C) -> bool:
+        """Has it been?"""
+        return candidate in self._asked
 
     def rest(self, candidate: C, until: float) -> None:
         """Not again before then; `inf` is never."""

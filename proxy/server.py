@@ -32,9 +32,11 @@ from proxy.metrics import Metrics, Snapshot
 from proxy.middleware import CHAIN
 from proxy.middleware.cors import attach
 from proxy.permit import Slots
+from proxy.retry import RetryBudget
 from proxy.shared import Owner
 from proxy.slots import WaitingRoom
 from proxy.stores import Stores
+from proxy.targets import Targets
 from proxy.tasks import spawn
 from proxy.upstream import Upstream
 
@@ -81,7 +83,7 @@ class Server:
             structlog.get_logger().warning("push_path_disabled", why=why)
             self._push = False
         await self._start_admission(settings, make_slots)
-        self.core.upstreams = await self._make_upstreams(settings)
+        self._use(settings, await self._make_upstreams(settings))
         self._tls = _tls(settings)
         self._runner = Runner(
             self._app(),
@@ -146,6 +148,15 @@ class Server:
             made[name] = Upstream(name, entry, url, push=self._push)
         return made
 
+    def _use(self, settings: config.Config, upstreams: dict[str, Upstream]) -> None:
+        core = self.core
+        if settings.retry != core.config.retry:
+            core.retry_budget = RetryBudget(settings.retry.budget)
+        core.config, core.upstreams = settings, upstreams
+        core.targets = Targets(settings, upstreams)
+        for upstream in upstreams.values():
+            upstream.start()
+
     def _app(self) -> web.Application:
         app = web.Application(middlewares=CHAIN)
         app[CORE] = self.core
@@ -178,13 +189,20 @@ class Server:
     def snapshot(self) -> Snapshot:
         """All metrics as plain data; levels that nobody has to keep up to date are read now."""
         metrics = self.metrics
-        metrics.upstream_in_flight.values.clear()
-        for name, upstream in self.core.upstreams.items():
-            metrics.upstream_in_flight.set((name,), upstream.in_flight)
+        self._show_upstreams()
         metrics.log_dropped.values[()] = self._sink.dropped
         if self._room is not None:
             show_depths(metrics, self.core.config, self._room.depths())
         return metrics.snapshot()
+
+    def _show_upstreams(self) -> None:
+        metrics, now = self.metrics, time.monotonic()
+        for gauge in (metrics.upstream_in_flight, metrics.upstream_available, metrics.breaker_state):
+            gauge.values.clear()
+        for name, upstream in self.core.upstreams.items():
+            metrics.upstream_in_flight.set((name,), upstream.in_flight)
+            metrics.upstream_available.set((name,), 1 if upstream.available(now) else 0)
+            metrics.breaker_state.set((name,), upstream.breaker.state)
 
     def state(self) -> dict[str, int]:
         """What must be zero when nothing is going on, and what it costs."""
@@ -249,7 +267,7 @@ class Server:
         prepared, self._prepared = self._prepared, None
         settings, upstreams, limits = prepared.settings, prepared.upstreams, prepared.limits
         replaced = [old for old in self._current() if old not in upstreams.values()]
-        self.core.config, self.core.upstreams = settings, upstreams
+        self._use(settings, upstreams)
         self._change_admission(prepared)
         self.core.bodies.limit = settings.max_buffered_bytes
         if self._runner is not None and self._runner.listener is not None:

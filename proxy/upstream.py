@@ -17,6 +17,7 @@ from proxy.breaker import Breaker
 from proxy.headers import RawHeaders
 from proxy.outgoing import Outgoing
 from proxy.routing import Rotation
+from proxy.sender import Source, framing
 from proxy.session import SessionExchange
 from proxy.wire import End
 
@@ -39,6 +40,10 @@ class Exchange(Protocol):
     reason: str
     fields: RawHeaders
     framed: bool
+
+    @property
+    def asked_at(self) -> float:
+        """Since when the upstream owes something: an answer, or to take more of an upload."""
 
     async def send(self) -> None: ...
 
@@ -133,11 +138,13 @@ class Upstream:
 
     # ── asking it ────────────────────────────────────────────────────────────────────────────────────────
 
-    def exchange(self, method: str, path: str, fields: bytes, body: bytes, key: int = 0) -> Exchange:
+    def exchange(self, method: str, path: str, fields: bytes, body: bytes | Source, key: int = 0) -> Exchange:
         """path: the caller's, with its query. fields: the caller's header lines that go along
         (`headers.to_upstream`). key: from `take_key`."""
         lines = self._outgoing.lines(fields, key)
-        if body or method not in ("GET", "DELETE", "HEAD"):
+        if not isinstance(body, bytes):
+            lines += framing(body.length)
+        elif body or method not in ("GET", "DELETE", "HEAD"):
             lines += b"Content-Length: %d\r\n" % len(body)
         if self._session is None:
             target = self._outgoing.target(path)

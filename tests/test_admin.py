@@ -38,6 +38,8 @@ METRICS = {
     "headrace_response_bytes": ("counter", set()),
     "headrace_upstream_attempts": ("counter", {"upstream", "result"}),
     "headrace_upstream_in_flight": ("gauge", {"upstream"}),
+    "headrace_upstream_available": ("gauge", {"upstream"}),
+    "headrace_breaker_state": ("gauge", {"upstream"}),
     "headrace_limit_decisions": ("counter", {"scope", "result"}),
     "headrace_queue_depth": ("gauge", {"plan"}),
     "headrace_queue_wait_seconds": ("histogram", {"plan"}),

@@ -144,7 +144,7 @@ async def test_stale_connections_in_a_row() -> None:
 
     old: list[object] = []
     gate = asyncio.Event()
-    async with lab(script, Way(push=True)) as it, asyncio.timeout(10):
+    async with lab(script, Way(push=True), retry={"attempts": 2}) as it, asyncio.timeout(10):
         asked = asyncio.gather(*(ask(it.port, chat(stream=False)) for _ in range(3)))
         await until(lambda: requests == 3)
         gate.set()

@@ -188,6 +188,14 @@ BAD = [
     ("upstreams: {openai: {}}", "upstreams.openai.base_url: is missing"),
     ("upstreams: {openai: }", "upstreams.openai.base_url: is missing"),
     (UP + "models: {x: {}}", "models.x.upstreams: is missing"),
+    (
+        UP + "models: {gpt: {upstreams: [openai], fallback: [gtp]}}",
+        "models.gpt.fallback[0]: unknown model 'gtp' (did you mean 'gpt'?)",
+    ),
+    (
+        UP + "models: {gpt: {upstreams: [openai], fallback: ['g*']}, 'g*': {upstreams: [openai]}}",
+        "models.gpt.fallback[0]: expected a model's name, got the pattern 'g*'",
+    ),
     (UP + "models: {x: }", "models.x.upstreams: is missing"),
     (UP + "tls: {key: /dev/null}", "tls.cert: is missing"),
     (MODEL % "{model: x}", "models.gpt-4.1.upstreams[0].name: is missing"),

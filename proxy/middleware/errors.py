@@ -55,6 +55,8 @@ def respond(ctx: Context, error: HeadraceError) -> web.Response:
     if isinstance(error, UpstreamFailed):
         response.headers["x-headrace-upstream"] = ctx.upstream or "none"
         response.headers["x-headrace-attempts"] = str(ctx.attempts)
+        if ctx.given_up:
+            response.headers["x-should-retry"] = "false"
     if isinstance(error, Refused) and error.close:
         response.force_close()
     ctx.bytes_out = len(response.body or b"")  # type: ignore[arg-type] # bytes, as set above

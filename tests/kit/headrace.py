@@ -122,7 +122,8 @@ async def until(
 def settings_for(upstream_url: str, **sections: Any) -> dict[str, Any]:
     """A configuration with the model `m` on the upstream `up`; sections are merged one level deep.
 
-    `upstream` adds to the upstream's own section; everything else is a top-level section.
+    `upstream` adds to the upstream's own section; everything else is a top-level section. One attempt a
+    request, unless `retry` says otherwise: what a test counts is then one for one.
     """
     upstream = {"base_url": upstream_url, "api_key": "upstream-secret", **sections.pop("upstream", {})}
     return {
@@ -131,6 +132,7 @@ def settings_for(upstream_url: str, **sections: Any) -> dict[str, Any]:
         "auth": {"mode": "open"},
         "upstreams": {"up": upstream},
         "models": {"m": {"upstreams": ["up"]}},
+        "retry": {"attempts": 1},
         **sections,
     }
 

@@ -1,0 +1,204 @@
+"""One try at one upstream: what it takes, how it waits for its first byte, and what it reports.
+
+Every try ends in `close`, which reports once: to the breaker, to the metrics, to the pool of credentials.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from proxy import answers, retry
+from proxy.breaker import Outcome, Pass, outcome_of_error, outcome_of_status
+from proxy.errors import Reason, UpstreamCut, UpstreamFailed, UpstreamRefusedUs
+from proxy.headers import RawHeaders, value_of
+from proxy.peek import with_model
+from proxy.routing import RESTING_STATUSES
+from proxy.wire import HELD_LIMIT, End
+
+if TYPE_CHECKING:
+    from proxy.metrics import Metrics
+    from proxy.reshape import Reshape
+    from proxy.targets import Target
+    from proxy.uploads import Upload
+
+#: Attempts whose caller has gone are no verdict on the upstream.
+_CANCELLED = "cancelled"
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """What is to be asked: the same for every attempt, but for the model's name.
+
+    model: as the caller wrote it; None where the route has none.
+    reshape: what happens to the answer; None: it is passed on as it is.
+    """
+
+    method: str
+    path: str
+    fields: bytes
+    body: bytes | Upload
+    model: str | None
+    wants_stream: bool = False
+    reshape: Reshape | None = None
+    hedge_after_s: float | None = None
+
+    def body_for(self, target: Target) -> bytes | Upload:
+        if target.model is None or target.model == self.model:
+            return self.body
+        if isinstance(self.body, bytes):
+            return with_model(self.body, target.model) if self.model is not None else self.body
+        return self.body.with_model(target.model)
+
+    @property
+    def replayable(self) -> bool:
+        return isinstance(self.body, bytes) or self.body.replayable
+
+
+class WholeAnswer(msgspec.Struct, frozen=True):
+    """An answer that is here to its last byte."""
+
+    status: int
+    reason: str
+    fields: RawHeaders
+    body: bytes
+
+
+class Answered(UpstreamFailed):
+    """The upstream answered with a status of `retry.statuses`. The caller only ever sees the answer itself,
+    except where a stream was promised already."""
+
+    result = "status"
+
+    def __init__(self, answer: WholeAnswer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class Attempt:
+    """Everything that can fail is done before the breaker is asked: leave that nobody reports on would keep
+    everybody else out."""
+
+    __slots__ = (
+        "_key",
+        "_leave",
+        "_metrics",
+        "_open",
+        "_result",
+        "_unjudged",
+        "exchange",
+        "target",
+        "upstream",
+    )
+
+    def __init__(self, job: Job, target: Target, metrics: Metrics, *, fresh: bool) -> None:
+        self.target = target
+        self.upstream = upstream = target.upstream
+        self._leave: Pass | None = None
+        self._metrics = metrics
+        self._result = _CANCELLED
+        self._unjudged = True
+        self._open = False
+        self._key = upstream.take_key(monotonic())
+        body = job.body_for(target)
+        self.exchange = upstream.exchange(job.method, job.path, job.fields, body, self._key)
+        self.exchange.fresh = fresh
+
+    def admitted(self) -> bool:
+        """Whether its breaker lets it pass. If so, `close` is owed."""
+        self._leave = self.upstream.breaker.admit(monotonic())
+        if self._leave is None:
+            return False
+        self._open = True
+        self.upstream.in_flight += 1
+        return True
+
+    # ── the answer's beginning ───────────────────────────────────────────────────────────────────────────
+
+    async def refuse(self, statuses: Sequence[int], until: float) -> None:
+        """Raises UpstreamRefusedUs and UpstreamInvalid for what is never passed on; Answered, with the whole
+        answer, if its status may be tried again and it is small."""
+        exchange = self.exchange
+        answers.refuse_unusable(exchange.status)
+        if exchange.status not in statuses:
+            return
+        if not await exchange.hold(HELD_LIMIT, min(monotonic() + self.upstream.timeouts.idle, until)):
+            return
+        _, end = exchange.look()
+        if end is None:
+            return
+        body, end = exchange.taken()
+        if end is End.CUT:
+            raise UpstreamCut
+        body = answers.checked_body(exchange.status, body)
+        raise Answered(WholeAnswer(exchange.status, exchange.reason, exchange.fields, body))
+
+    # ── what it says about the upstream ──────────────────────────────────────────────────────────────────
+
+    def answered(self) -> None:
+        """The first byte is here."""
+        status = self.exchange.status
+        self._record(outcome_of_status(status, self.upstream.settings.breaker.statuses))
+        if status in RESTING_STATUSES:
+            self.upstream.rest_key(self._key, self._retry_after_s(), monotonic())
+
+    def failed(self, error: UpstreamFailed) -> None:
+        self._result = error.result
+        if not isinstance(error, (Answered, UpstreamRefusedUs)):  # `answered` has judged these
+            self._record(outcome_of_error(error))
+
+    def delivered(self, reason: Reason | None) -> None:
+        """Its answer went to the caller, as far as it went."""
+        status = self.exchange.status
+        if status >= 500 or status == 429:
+            self._result = "status"
+        elif reason in (Reason.UPSTREAM_STALL, Reason.DEADLINE):
+            self._result = "timeout"
+        elif reason is Reason.UPSTREAM_CUT:
+            self._result = "reset"
+        else:
+            self._result = _CANCELLED if reason is Reason.CLIENT_GONE else "ok"
+        if reason in (Reason.UPSTREAM_STALL, Reason.UPSTREAM_CUT):
+            self._record(Outcome.FAILURE)
+
+    def close(self) -> None:
+        """Ends the exchange, and gives everything back. A second call does nothing."""
+        if not self._open:
+            return
+        self._open = False
+        self.exchange.close()
+        self.upstream.in_flight -= 1
+        if self._unjudged:
+            self._record(Outcome.NEUTRAL)
+        self._metrics.upstream_attempts.add((self.upstream.name, self._result))
+
+    def _record(self, outcome: Outcome) -> None:
+        assert self._leave is not None
+        self._unjudged = False
+        self.upstream.breaker.record(self._leave, outcome, monotonic())
+
+    # ── again? ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def failure(self, job: Job, error: UpstreamFailed, *, stale_before: bool) -> retry.Failure:
+        """What `retry` has to know of it."""
+        exchange = self.exchange
+        answered = isinstance(error, Answered)
+        resting = exchange.status in RESTING_STATUSES and isinstance(error, (Answered, UpstreamRefusedUs))
+        return retry.Failure(
+            kind=retry.Kind.STATUS if answered else retry.kind_of(error),
+            method=job.method,
+            status=exchange.status,
+            retry_after_s=self._retry_after_s() if answered else None,
+            final=answered and value_of(exchange.fields, b"x-should-retry") == b"false",
+            spare_credential=resting and self.upstream.spare_key(monotonic()),
+            stale_before=stale_before,
+            replayable=job.replayable,
+        )
+
+    def _retry_after_s(self) -> float | None:
+        fields = self.exchange.fields
+        after, after_ms = value_of(fields, b"retry-after"), value_of(fields, b"retry-after-ms")
+        return retry.parse_retry_after(after, after_ms, time.time()) if after or after_ms else None

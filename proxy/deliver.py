@@ -1,0 +1,322 @@
+"""The answer on its way to the caller: the head, the bytes, the end.
+
+`ctx.committed` turns true with the first upstream byte to the caller: before it another attempt may be made,
+after it there is only the end, or a visible break. A heartbeat that was sent early (`streams.commit_after`)
+fixes the status at 200 but is no commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from aiohttp import HttpVersion11, web
+from multidict import CIMultiDict
+
+from proxy import answers, headers
+from proxy.attempt import WholeAnswer
+from proxy.context import Context, Phase
+from proxy.errors import (
+    HeadraceError,
+    Reason,
+    UpstreamCut,
+    UpstreamDeadline,
+    UpstreamFailed,
+    UpstreamInvalid,
+    UpstreamTimeout,
+)
+from proxy.pipe import HEARTBEAT, TIMER_SLACK_S, Clocks, Pipe
+from proxy.pipe import break_off as end_visibly
+from proxy.reshape import WHOLE_LIMIT, Reshape, ReshapedPipe
+from proxy.sse import Scanner
+from proxy.usage import find_in_json
+from proxy.wire import HELD_LIMIT, End
+from proxy.wrap import wrap
+
+if TYPE_CHECKING:
+    from proxy import schema
+    from proxy.headers import RawHeaders
+    from proxy.metrics import Metrics
+    from proxy.targets import Target
+    from proxy.upstream import Exchange, Upstream
+
+_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",  # nginx buffers by default
+}
+
+
+class Delivery:
+    """One request's answer. Nothing is sent before there is something to send."""
+
+    def __init__(
+        self,
+        request: web.Request,
+        ctx: Context,
+        streams: schema.Streams,
+        write_s: float,
+        metrics: Metrics,
+    ) -> None:
+        self._request = request
+        self._ctx = ctx
+        self._streams = streams
+        self._write_s = write_s
+        self._metrics = metrics
+        self._response: web.StreamResponse | None = None
+        self._pipe_now: Pipe | None = None
+        self._target: Target
+        self.reshape: Reshape | None = None
+        self.wraps = False  # plain JSON is delivered as a stream
+        self.total_at = 0.0  # the deadline over all attempts
+
+    @property
+    def started(self) -> bool:
+        """Has the caller been told 200?"""
+        return self._response is not None
+
+    @property
+    def _upstream(self) -> Upstream:
+        return self._target.upstream
+
+    # ── before the first byte ────────────────────────────────────────────────────────────────────────────
+
+    async def keep_warm(self, target: Target) -> None:
+        """Commits to 200 before the upstream has answered, so that no proxy on the way gives up."""
+        self._target = target
+        if self._response is None:
+            self._response = response = web.StreamResponse(headers=CIMultiDict(_STREAM_HEADERS))
+            await self._prepare(response)
+        self._metrics.heartbeats.add()
+        await self._response.write(HEARTBEAT)
+
+    async def _prepare(self, response: web.StreamResponse) -> None:
+        self._describe(response.headers, response.status)
+        if response.content_length is None and self._request.version == HttpVersion11:
+            response.enable_chunked_encoding()
+        await response.prepare(self._request)
+        self._ctx.status = response.status
+
+    def _describe(self, fields: CIMultiDict[str], status: int) -> None:
+        """Our own fields on a proxied answer."""
+        ctx, target = self._ctx, self._target
+        if target.fallback is not None:
+            fields["x-headrace-model"] = target.fallback
+        if status >= 500 and ctx.given_up:
+            fields["x-should-retry"] = "false"
+        fields["x-headrace-upstream"] = self._upstream.name
+        fields["x-headrace-attempts"] = str(ctx.attempts)
+        waited_ms = (ctx.queue_s or 0.0) * 1000
+        upstream_ms = (monotonic() - (ctx.sent_at or monotonic())) * 1000
+        fields["server-timing"] = f"queue;dur={waited_ms:.1f}, upstream;dur={upstream_ms:.1f}"
+
+    def _passed_on(self, fields: RawHeaders) -> CIMultiDict[str]:
+        """The upstream's quota is shown only to callers without a plan of their own."""
+        return CIMultiDict(headers.to_caller(fields, keep_ratelimit=self._ctx.principal is None))
+
+    # ── the answer ───────────────────────────────────────────────────────────────────────────────────────
+
+    async def answer(self, exchange: Exchange, target: Target) -> web.StreamResponse:
+        """Passes it on. Raises UpstreamFailed as long as nothing has been."""
+        self._target = target
+        if self.reshape is not None:
+            self.reshape.check(exchange.status, exchange.fields)
+        if answers.is_event_stream(exchange.status, exchange.fields):
+            return await self._stream(exchange)
+        if self.wraps and exchange.status < 300:
+            return await self._wrapped(exchange)
+        if self._response is not None:
+            raise answers.late_refusal(exchange.status)
+        return await self._whole(exchange)
+
+    def pass_on(self, whole: WholeAnswer, target: Target) -> web.StreamResponse:
+        """An answer that was held whole, and is not tried again."""
+        self._target = target
+        self._ctx.phase = Phase.ANSWER
+        return self._at_once(whole)
+
+    async def _stream(self, exchange: Exchange) -> web.StreamResponse:
+        ctx = self._ctx
+        ctx.streaming = True
+        ctx.phase = Phase.STREAM
+        expects = ctx.endpoint is not None and ctx.endpoint.ends_with_terminator
+        encoded = headers.value_of(exchange.fields, b"content-encoding") is not None
+        scanner = Scanner(ctx.dialect, expects_terminator=expects and not encoded)
+        await self._begin_stream(exchange)
+        self._metrics.streams_active.add((self._upstream.name,), 1)
+        try:
+            return await self._pipe(exchange, scanner)
+        finally:
+            self._metrics.streams_active.add((self._upstream.name,), -1)
+
+    async def _begin_stream(self, exchange: Exchange, content_type: str = "") -> None:
+        if self._response is None:
+            fields = self._passed_on(exchange.fields)
+            fields.update(_STREAM_HEADERS | {"Content-Type": content_type or fields["Content-Type"]})
+            response = web.StreamResponse(status=exchange.status, reason=exchange.reason, headers=fields)
+            await self._prepare(response)
+            self._response = response
+
+    async def _wrapped(self, exchange: Exchange) -> web.StreamResponse:
+        """An answer that is no stream, to a caller that asked for one."""
+        ctx = self._ctx
+        await self._hold_small(exchange)
+        body, end = exchange.taken()
+        if end is None:
+            body, end = await self._hold_whole(exchange, body)
+        if end is End.CUT:
+            raise UpstreamCut
+        body = answers.checked_body(exchange.status, body)
+        ctx.usage = find_in_json(ctx.dialect, body)
+        events = wrap(ctx.dialect, body)
+        if events is None:
+            if self._response is not None:
+                raise UpstreamInvalid
+            return self._at_once(WholeAnswer(exchange.status, exchange.reason, exchange.fields, body))
+        await self._begin_stream(exchange, _STREAM_HEADERS["Content-Type"])
+        ctx.committed = True
+        ctx.chunks, ctx.bytes_out, ctx.reason = 1, len(events), Reason.COMPLETE
+        return await self._finish(events)
+
+    async def _whole(self, exchange: Exchange) -> web.StreamResponse:
+        """An answer that is no stream: small ones are looked at and sent at once, large ones piped."""
+        ctx = self._ctx
+        ctx.phase = Phase.ANSWER
+        await self._hold_small(exchange)
+        body, end = exchange.taken()
+        rewrite = None if self.reshape is None else self.reshape.rewrite
+        if rewrite is not None and end is None:
+            body, end = await self._hold_whole(exchange, body)
+        if end is not None:
+            if end is End.CUT:
+                raise UpstreamCut
+            body = answers.checked_body(exchange.status, body)
+            ctx.usage = find_in_json(ctx.dialect, body) if b'"usage"' in body else None
+            if rewrite is not None:
+                body = rewrite(exchange.status, body)
+            return self._at_once(WholeAnswer(exchange.status, exchange.reason, exchange.fields, body))
+        fields = self._passed_on(exchange.fields)
+        length = headers.value_of(exchange.fields, b"content-length")
+        large = web.StreamResponse(status=exchange.status, reason=exchange.reason, headers=fields)
+        if length is not None:
+            large.content_length = int(length)
+        await self._prepare(large)
+        self._response = large
+        return await self._pipe(exchange, None, body)
+
+    def _at_once(self, whole: WholeAnswer) -> web.Response:
+        ctx = self._ctx
+        fields = self._passed_on(whole.fields)
+        response = web.Response(status=whole.status, reason=whole.reason, body=whole.body, headers=fields)
+        self._describe(response.headers, whole.status)
+        ctx.committed = True
+        ctx.chunks, ctx.bytes_out, ctx.status = 1, len(whole.body), whole.status
+        ctx.reason = Reason.UPSTREAM_ERROR if whole.status >= 500 else Reason.COMPLETE
+        return response
+
+    async def _hold_small(self, exchange: Exchange) -> None:
+        idle_s = self._upstream.timeouts.idle
+        while not await exchange.hold(HELD_LIMIT, min(exchange.last_at + idle_s, self.total_at)):
+            now = monotonic() + TIMER_SLACK_S
+            if now >= self.total_at:
+                raise UpstreamDeadline
+            if now >= exchange.last_at + idle_s:
+                raise UpstreamTimeout
+
+    async def _hold_whole(self, exchange: Exchange, first: bytes) -> tuple[bytes, End | None]:
+        """For an answer that is rewritten, of whatever size."""
+        body, end = bytearray(first), None
+        while end is None:
+            if len(body) > WHOLE_LIMIT:
+                raise UpstreamInvalid
+            exchange.resume()  # what it held was more than it keeps by itself
+            try:
+                await self._hold_small(exchange)
+            except UpstreamInvalid:
+                raise UpstreamCut from None  # it began well
+            piece, end = exchange.taken()
+            body += piece
+        return bytes(body), end
+
+    async def _pipe(
+        self, exchange: Exchange, scanner: Scanner | None, first: bytes = b""
+    ) -> web.StreamResponse:
+        ctx, response = self._ctx, self._response
+        assert response is not None
+        writer = await response.prepare(self._request)
+        assert writer is not None
+        clocks = Clocks(self._upstream.timeouts.idle, self.total_at, self._streams.heartbeat, self._write_s)
+        parts = (ctx, self._request, response, writer, scanner, clocks)
+        transform = None if self.reshape is None or scanner is None else self.reshape.transform
+        self._pipe_now = pipe = Pipe(*parts) if transform is None else ReshapedPipe(transform, *parts)
+        ctx.committed = True
+        try:
+            if first:
+                await pipe.deliver(first)
+            await pipe.run(exchange)
+        finally:
+            if scanner is not None:
+                self._metrics.inter_chunk.merge((self._upstream.name,), pipe.gaps, pipe.gaps_s)
+                ctx.usage = scanner.usage() or scanner.estimate(ctx.asked_tokens)
+            if pipe.heartbeats:
+                self._metrics.heartbeats.add((), pipe.heartbeats)
+        return await self._conclude(pipe, exchange.status)
+
+    # ── the end ──────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _conclude(self, pipe: Pipe, status: int) -> web.StreamResponse:
+        ctx, response = self._ctx, self._response
+        assert response is not None
+        ctx.reason = pipe.verdict()
+        if ctx.reason is Reason.COMPLETE or (ctx.reason is Reason.UPSTREAM_ERROR and pipe.ended_well):
+            if ctx.reason is Reason.COMPLETE and status >= 500:
+                ctx.reason = Reason.UPSTREAM_ERROR
+            rest = pipe.rest()
+            ctx.bytes_out += len(rest)
+            return await self._finish(rest)
+        if ctx.reason in (Reason.CLIENT_GONE, Reason.UPSTREAM_ERROR):
+            return await self._abort()  # nobody is there, or the upstream has said itself what happened
+        return await self.break_off(_after_commit(ctx.reason))
+
+    async def _finish(self, rest: bytes) -> web.StreamResponse:
+        """The end of the body; a caller that does not take it any more has left."""
+        assert self._response is not None
+        try:
+            async with asyncio.timeout(self._write_s):
+                await self._response.write_eof(rest)
+        except TimeoutError:
+            self._ctx.reason = Reason.CLIENT_GONE
+            return await self._abort()
+        return self._response
+
+    async def break_off(self, error: HeadraceError) -> web.StreamResponse:
+        """The error event in the route's dialect if the stream is between two events, then the abort:
+        never a clean end."""
+        ctx = self._ctx
+        ctx.reason = error.reason
+        ctx.error_code = error.code
+        if self._pipe_now is not None and not self._pipe_now.takes_event():
+            return await self._abort()
+        transport = self._request.transport
+        if transport is not None and not transport.is_closing():
+            assert self._response is not None
+            event = error.event(ctx.dialect, ctx.request_id)
+            transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._response.chunked else event)
+        return await self._abort()
+
+    async def _abort(self) -> web.StreamResponse:
+        assert self._response is not None
+        transport = self._request.transport
+        if transport is not None:
+            framed = self._response.chunked or self._response.content_length is not None
+            await end_visibly(transport, framed=framed)
+        return self._response
+
+
+def _after_commit(reason: Reason) -> UpstreamFailed:
+    if reason is Reason.UPSTREAM_STALL:
+        return UpstreamTimeout()
+    if reason is Reason.DEADLINE:
+        return UpstreamDeadline()
+    return UpstreamCut()
