@@ -84,6 +84,7 @@ composition
 beside
     mock_behaviour  how the mock upstream answers: one field a fault
     mock_ask    what a request asks it for, and the words that answer it
+    mock_providers  the quirks that it imitates, a row a provider
     mock_chat   its chat/completions, completions, embeddings, models
     mock_events its responses and messages: dialects of named events
     mock_dialects  its routes, how each answers and fails

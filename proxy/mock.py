@@ -12,14 +12,16 @@ Rules:
 - Every request is counted in `hits`, then either in `completed` (answered as its behaviour says, deliberate
   faults included) or in `aborted` (the caller left first, or the server was closed).
 
-Routes, each with and without `/v1`: POST chat/completions, completions, embeddings, responses and messages
-(Anthropic's dialect), GET models.
+Routes, each with and without `/v1` or what a provider's base URL has in its place: POST chat/completions,
+completions, embeddings, responses and messages (Anthropic's dialect), GET models.  `provider=deepseek` and
+the like imitate a provider's quirks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -55,6 +57,8 @@ __all__ = [
 
 KEPT = 1000  # requests remembered
 SHUTDOWN = 0.05  # aiohttp waits this long twice: for the handlers to end, then for them to be cancelled
+#: What providers' base URLs have in front of their routes: Gemini's, OpenRouter's, Azure's two, all others'.
+PREFIX = re.compile(r"^(?:/v1beta/openai|/api/v1|/openai/v1|/openai/deployments/[^/]+|/v1)(?=/)")
 LIMIT = 1 << 16  # request line and header field: what the proxy lets through is not ours to refuse
 
 
@@ -124,7 +128,7 @@ class _Mock:
 
     async def _answer(self, request: web.Request, body: bytes) -> web.StreamResponse:
         rid = f"mock-{next(self._ids):08x}"
-        dialect = ROUTES.get((request.method, request.path.removeprefix("/v1")))
+        dialect = ROUTES.get((request.method, PREFIX.sub("", request.path)))
         if dialect is None:
             unknown = Exchange(request, UNKNOWN, NORMAL, rid)
             return await unknown.error(404, f"no route for {request.method} {request.path}")

@@ -11,11 +11,15 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Cut = Annotated[int, msgspec.Meta(ge=-1)]
 Fault = Literal["stall", "error", "cut", "rst"]
+ProviderName = Literal[
+    "openai", "anthropic", "gemini", "deepseek", "azure", "vllm", "llamacpp", "ollama", "openrouter"
+]
 
 
 class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a request is answered; the defaults are a fast and healthy upstream."""
 
+    provider: ProviderName = "openai"  # whose quirks are imitated
     words: Count = 20
     ttfb: Seconds = 0.0  # before the first byte of the answer
     gap: Seconds = 0.0  # between events
@@ -27,7 +31,7 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     status: Annotated[int, msgspec.Meta(ge=200, le=599)] = 200
     retry_after: Seconds | None = None  # the Retry-After of an answer with a status
     error_body: bool = False  # 200 with an error for a body
-    error_after: Count | None = None  # an error event, then a proper end without a terminator
+    error_after: Count | None = None  # an error event, then what the provider does; OpenAI: a proper end
     redirect: bool = False
 
     # Answers that do not come, or not to their end.
@@ -45,7 +49,7 @@ class Behaviour(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     one_byte: bool = False  # each byte its own write
     close_delimited: bool = False  # neither chunks nor a length: the body ends with the connection
     crlf: bool = False  # line ends of the stream
-    keepalive_comments: Count = 0  # comments before the first event
+    keepalive_comments: Count | None = None  # comments (or blank lines) before an answer; else the provider's
     plain_json: bool = False  # a stream was asked for, JSON is sent
     garbage: bool = False  # not HTTP
     upgrade: bool = False  # 101 that nobody asked for

@@ -9,6 +9,7 @@ import msgspec
 
 from proxy.mock_ask import Ask
 from proxy.mock_chat import CREATED
+from proxy.mock_providers import CACHED
 
 _encode = msgspec.json.Encoder().encode
 
@@ -112,8 +113,19 @@ def _message(ask: Ask, text: str | None) -> dict[str, Any]:
         "content": [] if text is None else [{"type": "text", "text": text}],
         "stop_reason": None if text is None else "end_turn",
         "stop_sequence": None,
-        "usage": {"input_tokens": ask.prompt_tokens(), "output_tokens": output},
+        "usage": _message_usage(ask, output),
     }
+
+
+def _message_usage(ask: Ask, output: int) -> dict[str, Any]:
+    """Anthropic's own leaves what came from a cache out of the input, and repeats all at the end."""
+    prompt = ask.prompt_tokens()
+    if ask.behaviour.provider != "anthropic":
+        return {"input_tokens": prompt, "output_tokens": output}
+    cached = min(CACHED, prompt)
+    cache = {"cache_creation_input_tokens": 0, "cache_read_input_tokens": cached}
+    tier = {"service_tier": "standard"}
+    return {"input_tokens": prompt - cached, **cache, "output_tokens": output, **tier}
 
 
 def message_json(ask: Ask) -> dict[str, Any]:
@@ -134,5 +146,8 @@ def message_events(ask: Ask) -> Iterator[bytes]:
         return
     yield event_of("content_block_stop", {"index": 0})
     delta = {"stop_reason": "end_turn", "stop_sequence": None}
-    yield event_of("message_delta", {"delta": delta, "usage": {"output_tokens": ask.behaviour.words}})
+    usage: dict[str, Any] = {"output_tokens": ask.behaviour.words}
+    if ask.behaviour.provider == "anthropic":
+        usage = _message_usage(ask, ask.behaviour.words)
+    yield event_of("message_delta", {"delta": delta, "usage": usage})
     yield event_of("message_stop", {})

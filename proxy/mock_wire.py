@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import functools
 import socket
 import struct
 import termios
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import msgspec
 from aiohttp import hdrs, web
 
 from proxy.mock_ask import NO_BODY, Ask, read_body
 from proxy.mock_behaviour import Behaviour, Fault
-from proxy.mock_dialects import FAILURE, Dialect, error_of
+from proxy.mock_chat import FAILURE
+from proxy.mock_dialects import Dialect, anthropic_error
+from proxy.mock_providers import PROVIDERS
 
 HALF_PAUSE = 0.001  # between the two halves of an event
 FLUSH = 1.0  # at most, before a reset
 REDIRECT = "http://127.0.0.1:9/"
 GARBAGE = b"SSH-2.0-OpenSSH\r\n"
 UPGRADE = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
-COMMENT = b": keep-alive\n\n"
 RST = struct.pack("ii", 1, 0)  # SO_LINGER on, zero seconds: closing resets
 
 _encode = msgspec.json.Encoder().encode
@@ -50,14 +51,15 @@ def _dressed(events: Iterable[bytes], behaviour: Behaviour) -> Iterator[bytes]:
 class Exchange:
     """One request and the wire that its answer goes out on."""
 
-    __slots__ = ("behaviour", "dialect", "headers", "id", "request")
+    __slots__ = ("behaviour", "dialect", "headers", "id", "provider", "request")
 
     def __init__(self, request: web.Request, dialect: Dialect, behaviour: Behaviour, rid: str) -> None:
         self.request = request
         self.dialect = dialect
         self.behaviour = behaviour
         self.id = rid
-        self.headers = {"x-request-id": rid, hdrs.SERVER: "mock"}
+        self.provider = PROVIDERS[behaviour.provider]
+        self.headers = {"x-request-id": rid, hdrs.SERVER: "mock", **self.provider.headers}
         if dialect.anthropic:
             self.headers["request-id"] = rid
         if behaviour.big_header:
@@ -74,31 +76,57 @@ class Exchange:
             return await self._no_http()
         if behaviour.redirect:
             self.headers[hdrs.LOCATION] = REDIRECT
-            return await self.json(302, {})
+            return await self.whole(302, b"{}")
         if behaviour.status != 200:
             if behaviour.retry_after is not None:
                 self.headers[hdrs.RETRY_AFTER] = f"{behaviour.retry_after:.15g}"
             return await self.error(behaviour.status, f"status {behaviour.status} was asked for")
         if behaviour.error_body:
-            return await self.json(200, error_of(self.dialect.anthropic, 500, FAILURE))
+            return await self.whole(200, self._error(500, FAILURE))
+        return await self._good_answer(body)
+
+    async def _good_answer(self, body: bytes) -> web.StreamResponse:
         try:
             asked = read_body(body) if self.request.method == "POST" else NO_BODY
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return await self.error(400, f"the body is not a request: {error}")
-        ask = Ask(self.id, asked, behaviour)
-        if asked.stream and self.dialect.events is not None and not behaviour.plain_json:
-            return await self._stream(self.dialect.events(ask))
-        return await self.json(200, self.dialect.json(ask))
+        if (refusal := self._refusal(body)) is not None:
+            return await self.error(*refusal)
+        ask = Ask(self.id, asked, self.behaviour)
+        if asked.stream and self.dialect.events is not None and not self.behaviour.plain_json:
+            return await self._stream(self.dialect.events(ask), functools.partial(self.dialect.failure, ask))
+        return await self.whole(200, _encode(self.dialect.json(ask)))
+
+    def _refusal(self, body: bytes) -> tuple[int, str] | None:
+        """What this provider does not take, and others do."""
+        provider, request = self.provider, self.request
+        if provider.needs_header and provider.needs_header not in request.headers:
+            return 401, f"Access denied: no {provider.needs_header}"
+        if provider.needs_query and provider.needs_query not in request.query:
+            return 404, "Resource not found"
+        if provider.refuses and body:
+            for name in provider.refuses & msgspec.json.decode(body).keys():
+                return 400, f'Invalid JSON payload received. Unknown name "{name}": Cannot find field.'
+        return None
+
+    def _error(self, status: int, message: str) -> bytes:
+        if self.dialect.anthropic:
+            return anthropic_error(status, message)
+        return self.provider.error(status, message)
 
     async def error(self, status: int, message: str) -> web.StreamResponse:
-        return await self.json(status, error_of(self.dialect.anthropic, status, message))
+        return await self.whole(status, self._error(status, message))
 
-    async def json(self, status: int, value: dict[str, Any]) -> web.StreamResponse:
+    async def whole(self, status: int, body: bytes) -> web.StreamResponse:
         """An answer of one piece."""
-        body = _encode(value)
         if self.behaviour.bad_json == 1:
             body = _broken(body)
-        self.headers[hdrs.CONTENT_TYPE] = "application/json"
+        self.headers[hdrs.CONTENT_TYPE] = self.provider.json_type
+        if status == 200 and self.provider.blank and self._waits():
+            response = self._open(status)
+            await response.prepare(self.request)
+            await self._wait(response, self.provider.blank)
+            return await self._send(response, (body,), None)
         if self.behaviour.plain_body():
             whole = web.Response(status=status, headers=self.headers, body=body)
             await whole.prepare(self.request)
@@ -110,18 +138,26 @@ class Exchange:
         await response.prepare(self.request)
         return await self._send(response, (body,), None)
 
-    async def _stream(self, events: Iterator[bytes]) -> web.StreamResponse:
+    def _waits(self) -> int:
+        """How many signs of life come before the answer."""
+        given = self.behaviour.keepalive_comments
+        return self.provider.waits if given is None else given
+
+    async def _wait(self, response: web.StreamResponse, sign: bytes) -> None:
+        for _ in range(self._waits()):
+            await self._write(response, self._line_ends(sign))
+            await asyncio.sleep(self.behaviour.gap)
+
+    async def _stream(self, events: Iterator[bytes], failure: Callable[[int], bytes]) -> web.StreamResponse:
         behaviour = self.behaviour
-        self.headers[hdrs.CONTENT_TYPE] = "text/event-stream; charset=utf-8"
+        self.headers[hdrs.CONTENT_TYPE] = self.provider.stream_type
         self.headers[hdrs.CACHE_CONTROL] = "no-cache"
         response = self._open(200)
         await response.prepare(self.request)
-        for _ in range(behaviour.keepalive_comments):
-            await self._write(response, COMMENT.replace(b"\n", b"\r\n") if behaviour.crlf else COMMENT)
-            await asyncio.sleep(behaviour.gap)
+        await self._wait(response, self.provider.comment)
         if behaviour.crlf or behaviour.bad_json:
             events = _dressed(events, behaviour)
-        return await self._send(response, events, self.dialect.failure)
+        return await self._send(response, events, failure)
 
     def _open(self, status: int) -> web.StreamResponse:
         if not self.behaviour.close_delimited:
