@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from decimal import Decimal
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -170,6 +171,12 @@ def _check_key_database(text: str, shown: str) -> str:
     raise ValueError("expected sqlite:PATH, redis://… or rediss://…")
 
 
+def _check_ledger_database(text: str, shown: str) -> str:
+    if text.removeprefix("sqlite:") in ("", text):
+        raise ValueError(f"expected sqlite:PATH, got {shown}")
+    return text
+
+
 def _check_limit_store(text: str, shown: str) -> str:
     if text == "memory" or _is_redis_url(text):
         return Secret(text) if "@" in text else text
@@ -223,6 +230,8 @@ QueryName = Annotated[str, Meta(extra={"check": _check_query_name})]
 ProbePath = Annotated[str, Meta(extra={"check": _check_probe_path})]
 Status = Annotated[int, Meta(ge=400, le=599)]
 KeyDatabase = Annotated[str, Meta(extra={"check": _check_key_database})]
+LedgerDatabase = Annotated[str, Meta(extra={"check": _check_ledger_database})]
+Usd = Decimal
 LimitStore = Annotated[str, Meta(extra={"check": _check_limit_store})]
 Origin = Annotated[str, Meta(extra={"check": _check_origin})]
 Text = Annotated[str, Meta(extra={"check": _check_text})]
@@ -359,6 +368,16 @@ class Target(Section, frozen=True, kw_only=True):
     ] = 1
 
 
+class Price(Section, frozen=True, kw_only=True):
+    """USD per million tokens, exact to six decimals."""
+
+    input: Annotated[Usd, _doc("Tokens of the prompt.")]
+    cached_input: Annotated[
+        Usd | None, _doc("Tokens of the prompt that the provider had cached; left out: like input.")
+    ] = None
+    output: Annotated[Usd, _doc("Tokens of the answer, reasoning included.")]
+
+
 class Model(Section, frozen=True, kw_only=True):
     """One model name, or a pattern with `*` and `?`."""
 
@@ -378,6 +397,10 @@ class Model(Section, frozen=True, kw_only=True):
     hedge_after: Annotated[
         Seconds | None,
         _doc("Seconds without a first byte until a second upstream is asked too; null: never."),
+    ] = None
+    price: Annotated[Price | None, _doc("What its tokens cost; left out: costs are unknown.")] = None
+    list_price: Annotated[
+        Price | None, _doc("The price that `usage --baseline` compares with; left out: there is none.")
     ] = None
     websocket: Annotated[bool, _doc("Lets callers open WebSockets (/v1/realtime, /v1/responses).")] = False
 
@@ -399,6 +422,12 @@ class Plan(Section, frozen=True, kw_only=True):
     total_requests_per_minute: Annotated[
         Count | None, _doc("Requests a minute of all callers of the plan together.")
     ] = None
+    budget_day: Annotated[
+        Usd | None, _doc("USD a day (UTC) of one caller; a key's own budget goes before it.")
+    ] = None
+    budget_month: Annotated[Usd | None, _doc("USD a month (UTC) of one caller.")] = None
+    total_budget_day: Annotated[Usd | None, _doc("USD a day of all callers of the plan together.")] = None
+    total_budget_month: Annotated[Usd | None, _doc("USD a month of all callers of the plan together.")] = None
 
 
 #: Plans that exist without being written; what a file writes replaces single values of theirs.
@@ -494,6 +523,20 @@ class BrowserApi(Section, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2), _doc("Where the page names none.")] = 0.7
 
 
+class DrainForUsage(Section, frozen=True, kw_only=True):
+    """Reads on after the caller has left, for the usage at the stream's end. Past a bound it is cancelled."""
+
+    seconds: Annotated[Seconds, _doc("Seconds that one stream is read on.")] = 30.0
+    bytes: Annotated[Bytes, _doc("Bytes that are read on of one stream.")] = 1_048_576
+    streams: Annotated[Count, _doc("Streams read on at once, of one process.")] = 50
+
+
+class OnDisconnect(Section, frozen=True, kw_only=True):
+    """What happens upstream when a caller leaves. A plain `cancel` stands for the default."""
+
+    drain_for_usage: DrainForUsage | None = None
+
+
 class Streams(Section, frozen=True, kw_only=True):
     """How streams are delivered."""
 
@@ -503,6 +546,14 @@ class Streams(Section, frozen=True, kw_only=True):
     commit_after: Annotated[
         SecondsOrOff, _doc("Seconds without a first byte before 200 and comments are sent; 0 is off.")
     ] = 30.0
+    on_disconnect: Annotated[
+        Literal["cancel"] | OnDisconnect,
+        _doc("`cancel` ends the upstream's answer at once; `drain_for_usage: {…}` reads it to its usage."),
+    ] = "cancel"
+    usage: Annotated[
+        Literal["observe", "inject", "off"],
+        _doc("`inject` asks for usage where a caller did not, and takes the extra chunk out again."),
+    ] = "observe"
     wrap_json: Annotated[
         bool, _doc("Delivers plain JSON that answers a streaming request as one event and [DONE].")
     ] = False
@@ -528,6 +579,13 @@ class Retry(Section, frozen=True, kw_only=True):
         bool,
         _doc("Asks once more when a kept connection turns out to be closed before a byte of the answer."),
     ] = True
+
+
+class Ledger(Section, frozen=True, kw_only=True):
+    """One row for each request that reached an upstream."""
+
+    database: Annotated[LedgerDatabase, _doc("sqlite:PATH; one file a machine.")] = "sqlite:headrace.db"
+    keep_days: Annotated[int, Meta(ge=1, le=36500), _doc("Days after which rows are deleted.")] = 400
 
 
 class Log(Section, frozen=True, kw_only=True):
@@ -585,6 +643,7 @@ class Settings(Section, frozen=True, kw_only=True):
     browser_api: Annotated[BrowserApi | None, _doc("The API for web pages; left out: there is none.")] = None
     streams: Streams = Streams()
     retry: Retry = Retry()
+    ledger: Ledger = Ledger()
     log: Log = Log()
     drain: Annotated[
         SecondsOrOff, _doc("Seconds that open requests get at shutdown; 0 ends them at once.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
 from pathlib import Path
 
 import msgspec
@@ -141,6 +142,9 @@ def _unquote(quoted: re.Match[str]) -> str:
 # ── from plain data to Structs ──────────────────────────────────────────────────────────────────────────
 
 
+_MOST_USD = 1_000_000
+
+
 class Reader:
     """Builds a Section from plain data, with the path of whatever does not fit.
 
@@ -185,6 +189,8 @@ class Reader:
                 return self._choice(kind, raw, path)
             case inspect.IntType() | inspect.FloatType():
                 return self._number(kind, raw, path)
+            case inspect.DecimalType():
+                return self._decimal(raw, path)
             case inspect.BoolType():
                 return self._boolean(raw, path)
             case _:
@@ -276,6 +282,16 @@ class Reader:
         if problem:
             raise self._error(path, f"{problem}, got {show(raw)}")
         return number if whole else float(number)
+
+    def _decimal(self, raw: object, path: str) -> Decimal:
+        """US dollars: 0 to 1,000,000, exact to six decimals (`pricing`)."""
+        text = self._substitute(raw, path) if isinstance(raw, str) else repr(raw)
+        # repr of a float is the shortest text that means it: 0.1 stays 0.1.
+        if isinstance(raw, bool) or not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text):
+            raise self._error(path, f"expected US dollars with at most six decimals, got {show(raw)}")
+        if (amount := Decimal(text)) > _MOST_USD:
+            raise self._error(path, f"must be at most {_MOST_USD}, got {show(raw)}")
+        return amount
 
     def _from_environment(self, raw: object, whole: bool, path: str) -> object:
         """The number in `${PORT}`; a number in quotes stays text, and an error."""

@@ -177,6 +177,24 @@ BAD = [
         UPSTREAM % "probe: {path: 'http://x/'}",
         "upstreams.openai.probe.path: expected a path like /health or /v1/models, got 'http://x/'",
     ),
+    (
+        UP + "models: {x: {upstreams: [openai], price: {input: 1}}}",
+        "models.x.price.output: is missing",
+    ),
+    (
+        UP + "models: {x: {upstreams: [openai], price: {input: 0.0000001, output: 1}}}",
+        "models.x.price.input: expected US dollars with at most six decimals, got 1e-07",
+    ),
+    (
+        UP + "models: {x: {upstreams: [openai], price: {input: -1, output: 1}}}",
+        "models.x.price.input: expected US dollars with at most six decimals, got -1",
+    ),
+    (
+        UP + "plans: {pro: {budget_day: 1000001}}",
+        "plans.pro.budget_day: must be at most 1000000, got 1000001",
+    ),
+    (UP + "streams: {on_disconnect: cancle}", "streams.on_disconnect: expected a mapping, got text"),
+    (UP + "ledger: {database: 'redis://x'}", "ledger.database: expected sqlite:PATH, got 'redis://x'"),
     (UP + "workers: 0", "workers: must be at least 1, got 0"),
     (UP + "workers: atuo", "workers: expected a whole number, got 'atuo'"),
     (UP + "source: x", "source: unknown key"),
