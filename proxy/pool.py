@@ -166,6 +166,10 @@ class Pool:
         while True:
             try:
                 connection = await self.connector.connect(self._template, [], self._timeout)
+            except KeyError:
+                # aiohttp 3.14.5: the address was forgotten (`_failed`) while we waited for another request's
+                # question to DNS. Now we ask ourselves.
+                continue
             except (ClientError, OSError, RuntimeError, ValueError) as error:
                 raise self._failed(error) from None
             protocol = connection.protocol
