@@ -45,8 +45,10 @@ def checked_body(status: int, body: bytes) -> bytes:
     at = leading(body)  # DeepSeek sends a blank line every few seconds while a request is queued
     if body.find(b'"error"', at, at + _LOOK_BYTES) < 0:
         return body
-    if status < 300 and body.startswith(b"{", at):
+    if status < 300 and body.startswith((b"{", b"["), at):
         document = _decoded(body)
+        if isinstance(document, list) and len(document) == 1:
+            [document] = document
         if isinstance(document, dict) and _is_error(document):
             raise UpstreamInBand
     elif status >= 400 and body.startswith(b"[", at):
