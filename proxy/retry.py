@@ -56,9 +56,10 @@ _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _LONGEST_S = 86_400.0
 _DECIMAL = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 
-#: Retries at once that are always allowed, so that a proxy with little traffic retries (Envoy's
-#: min_retry_concurrency, and its value).
-_MIN_IN_FLIGHT = 3
+#: Retries at once that are always allowed, so that a proxy with little traffic retries: Envoy's
+#: min_retry_concurrency. Its value of 3 refused retries that came together: of 20 requests at a time 98.0 %
+#: succeeded instead of 99.2 (bench/retries.py). What bounds a storm is the share of the total.
+_MIN_IN_FLIGHT = 10
 #: Retries that the first requests may borrow from later ones.
 _MIN_RETRIES = 10
 #: Retries that good times may save up for a bad one.
@@ -239,7 +240,7 @@ def _http_date(value: bytes | None) -> float | None:
 class RetryBudget:
     """Retries as a share of requests, so that they cannot multiply a provider's trouble.
 
-        retries at once   <= max(3, share * requests in flight)
+        retries at once   <= max(10, share * requests in flight)
         retries in total  <= max(10, share * requests in total)
 
     Counted as a retry is every attempt after the first that *reached* an upstream: what hits an upstream is
