@@ -114,7 +114,9 @@ def _gemini_error(status: int, message: str) -> bytes:
 
 
 def _gemini_failure(head: dict[str, Any], message: str) -> bytes:
-    return data([{"error": {"code": 503, "message": message, "status": "UNAVAILABLE"}}])
+    """No event, but bare JSON between them (vercel/ai issue 5217)."""
+    document = {"error": {"code": 503, "message": message, "status": "UNAVAILABLE"}}
+    return msgspec.json.format(_encode(document), indent=2) + b"\n"
 
 
 def _azure_error(status: int, message: str) -> bytes:

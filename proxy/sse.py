@@ -67,11 +67,11 @@ _FINISH_HINTS = (b'"finish_reason":"', b'"finish_reason": "')  # the same, witho
 _BLANK_LINE = re.compile(rb"\n\r?\n|\r\r")
 _LINE_END = re.compile(rb"[\r\n]")
 _FINISH_REASON = re.compile(rb'"finish_reason": ?"[^"]')
-# OpenAI's and most others' event, Gemini's in its array, older llama.cpp's field of its own
-# (github.com/ggml-org/llama.cpp/issues/14566).
+# OpenAI's and most others' event, and older llama.cpp's field of its own (llama.cpp issue 14566). Gemini's is
+# no event at all (vercel/ai issue 5217): SDKs skip it, so such a stream has to end as a cut one does.
 _IN_BAND_ERROR = re.compile(
     rb"(?:\A|[\r\n])(?:event: ?error[\r\n]"
-    rb'|data: ?\[?\s*\{\s*"error": ?["{]'
+    rb'|data: ?\{\s*"error": ?["{]'
     rb'|data: ?\{\s*"(?:type|object)": ?"error"'
     rb"|error: ?\{)"
 )

@@ -207,6 +207,14 @@ async def test_gemini(upstream: mock.RunningMock) -> None:
     assert not any("usage" in chunk for chunk in documents(await stream_of(upstream, "gemini", body=PING)))
 
 
+async def test_gemini_fails_beside_its_events(upstream: mock.RunningMock) -> None:
+    """An error inside a stream is no event, but JSON over several lines."""
+    body = await stream_of(upstream, "gemini", "error_after=1")
+    _, event, failure = body.partition(b"}\n\n")
+    assert event
+    assert json.loads(failure)["error"]["status"] == "UNAVAILABLE"
+
+
 async def test_gemini_refuses_what_it_does_not_know(upstream: mock.RunningMock) -> None:
     """An array, laid out over lines, with a number for its code."""
     status, headers, body = await asked(upstream, "provider=gemini", WHOLE | {"parallel_tool_calls": True})

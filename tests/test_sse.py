@@ -213,7 +213,10 @@ def test_a_large_last_event_in_small_reads(dialect: Dialect) -> None:
         (b'event: error\ndata: {"type":"error","error":{}}', True),
         (b'data: {"object":"error","message":"x"}', True),
         (b'data: {"error": {"object": "error", "message": "x", "code": 400}}\n\ndata: [DONE]', True),  # vLLM
-        (b'data: [{"error":{"code":503,"status":"UNAVAILABLE"}}]', True),  # Gemini
+        (
+            b'{\n  "error": {\n    "code": 503,\n    "status": "UNAVAILABLE"\n  }\n}\n',
+            False,
+        ),  # Gemini: no event
         (b'error: {"code":400,"message":"x"}\n\ndata: [DONE]', True),  # llama.cpp until 2025
         (
             b'data: {"id":"gen-1","provider":"x","error":{"code":502,"message":"x"},'
