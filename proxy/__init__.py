@@ -24,6 +24,7 @@ rules (no I/O, no clock of their own)
     sse         where a stream stands: boundary, first token, terminator, usage
     inject      usage asked for on a caller's behalf, and its chunk taken out again
     pricing     what the tokens cost, exactly
+    ledger_row  a row of the ledger
     tokens      what a request will take, before anybody has counted
     sse_events  an event stream cut into its events
     answers     which of an upstream's answers are passed on

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from proxy.authenticator import Authenticator
     from proxy.context import Context
     from proxy.identity import Principal
+    from proxy.ledger_row import RowSink
     from proxy.log import RequestLog
     from proxy.metrics import Metrics
     from proxy.schema import Plan
@@ -54,6 +55,7 @@ class Core:
         self.metrics = metrics
         self.request_log = request_log
         self.started_at = started_at  # wall clock, seconds: `created` of the models list
+        self.ledger: RowSink  # set before the first request
         self.admission: Admission  # set before the first request, and by a reload
         self.authenticator: Authenticator | None = None  # None: open
         self.running: set[Context] = set()
