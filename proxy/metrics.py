@@ -165,6 +165,8 @@ class Metrics:
             (),
             _OVERHEAD,
         )
+        self.tokens = Counter("tokens_total", "Tokens that were reported or estimated.", ("model", "type"))
+        self.cost_usd = Counter("cost_usd_total", "US dollars that requests have cost.", ("model",))
         self.response_bytes = Counter("response_bytes_total", "Bytes of answers delivered to callers.")
         self.upstream_attempts = Counter(
             "upstream_attempts_total", "Attempts by result.", ("upstream", "result")

@@ -1,58 +1,39 @@
 """What an answer cost: exact, or not known.
 
-A price is in USD per million tokens with at most six decimals, so one token costs a whole number of
-picodollars (1e-12 USD) and every cost is an integer sum: nothing is ever rounded. Only `cost_nanos` rounds,
-for counters of 64 bits that are shared between processes.
+A price is in USD per million tokens with at most six decimals (`schema.Price`), so one token costs a whole
+number of picodollars (1e-12 USD) and every cost is an integer sum: nothing is ever rounded. Only `cost_nanos`
+rounds, for counters of 64 bits that are shared between processes.
 """
 
 from __future__ import annotations
 
 from decimal import Decimal
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from proxy.usage import Source, Usage
 
+if TYPE_CHECKING:
+    from proxy.schema import Price
+
 _DECIMALS = 6
-_HIGHEST = 1_000_000
+PICOS_PER_USD = 10**12
 _PICOS_PER_NANO = 1000
-
-
-class Price(msgspec.Struct, frozen=True):
-    """USD per million tokens. `cached_input` is `input` if it is left out."""
-
-    input: Decimal
-    output: Decimal
-    cached_input: Decimal | None = None
-
-    def __post_init__(self) -> None:
-        for amount in (self.input, self.output, self.cached_input):
-            if amount is not None and not _is_price(amount):
-                raise ValueError(
-                    f"a price is 0 to {_HIGHEST} USD per million tokens, with at most {_DECIMALS} decimals"
-                )
-
-
-def _is_price(amount: Decimal) -> bool:
-    if not amount.is_finite() or amount.is_signed() or amount > _HIGHEST:
-        return False
-    return amount == round(amount, _DECIMALS)
 
 
 def cost_usd(usage: Usage, price: Price | None) -> Decimal | None:
     """USD, exact; None if the usage or the price is not known. An estimate costs what it estimates."""
-    picos = _cost_picos(usage, price)
-    # The constructor is exact; arithmetic would round to the 28 digits of the default context.
-    return None if picos is None else Decimal(f"{picos}e-12")
+    picos = cost_picos(usage, price)
+    return None if picos is None else usd(picos)
 
 
 def cost_nanos(usage: Usage, price: Price | None) -> int | None:
     """Nanodollars (1e-9 USD), rounded up: a budget may end a billionth early, it is never overdrawn."""
-    picos = _cost_picos(usage, price)
+    picos = cost_picos(usage, price)
     return None if picos is None else -(-picos // _PICOS_PER_NANO)
 
 
-def _cost_picos(usage: Usage, price: Price | None) -> int | None:
+def cost_picos(usage: Usage, price: Price | None) -> int | None:
+    """Picodollars, exact: the ledger's unit."""
     if price is None or usage.source is Source.UNKNOWN:
         return None
     cached_input = price.input if price.cached_input is None else price.cached_input
@@ -66,6 +47,12 @@ def _cost_picos(usage: Usage, price: Price | None) -> int | None:
 def _picos(price: Decimal) -> int:
     """Picodollars a token: a millionth of a dollar per million is one."""
     return int(price.scaleb(_DECIMALS))
+
+
+def usd(picos: int) -> Decimal:
+    """US dollars, exact."""
+    # The constructor is; arithmetic would round to the 28 digits of the default context.
+    return Decimal(f"{picos}e-12")
 
 
 def format_usd(amount: Decimal) -> str:
