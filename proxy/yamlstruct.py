@@ -286,7 +286,8 @@ class Reader:
     def _decimal(self, raw: object, path: str) -> Decimal:
         """US dollars: 0 to 1,000,000, exact to six decimals (`pricing`)."""
         text = self._substitute(raw, path) if isinstance(raw, str) else repr(raw)
-        # repr of a float is the shortest text that means it: 0.1 stays 0.1.
+        if isinstance(raw, float):  # its repr is the shortest text that means it: 0.1 stays 0.1
+            text = f"{Decimal(text):f}"
         if isinstance(raw, bool) or not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text):
             raise self._error(path, f"expected US dollars with at most six decimals, got {show(raw)}")
         if (amount := Decimal(text)) > _MOST_USD:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from decimal import Decimal
 from fractions import Fraction
 
-import msgspec
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.pricing import Price, cost_nanos, cost_usd, format_usd
+from proxy.config import parse
+from proxy.pricing import cost_nanos, cost_picos, cost_usd, format_usd, usd
+from proxy.schema import Price
 from proxy.usage import UNKNOWN, Source, Usage
+from proxy.yamlstruct import ConfigError
 
 PRICES = st.decimals(0, 1_000_000, places=6)
 COUNTS = st.integers(0, 2**53)
@@ -25,7 +28,18 @@ def usages(draw: st.DrawFn) -> Usage:
 
 
 def price(input: str, output: str, cached: str | None = None) -> Price:
-    return Price(Decimal(input), Decimal(output), Decimal(cached) if cached else None)
+    return Price(
+        input=Decimal(input), output=Decimal(output), cached_input=Decimal(cached) if cached else None
+    )
+
+
+def configured(prices: dict[str, object]) -> Price:
+    """As a configuration file says it."""
+    model = {"upstreams": ["up"], "price": prices}
+    document = {"upstreams": {"up": {"base_url": "mock:"}}, "models": {"m": model}}
+    found = parse(yaml.safe_dump(document), "test.yaml", {}).models["m"].price
+    assert found is not None
+    return found
 
 
 def test_an_example() -> None:
@@ -55,7 +69,7 @@ def test_what_is_not_known_costs_nothing_that_is_known() -> None:
 @given(usages(), PRICES, PRICES, st.none() | PRICES)
 def test_exact(usage: Usage, per_input: Decimal, per_output: Decimal, per_cached: Decimal | None) -> None:
     """No digit is lost, also beyond the 28 of the default context; nanodollars are rounded up."""
-    given_price = Price(per_input, per_output, per_cached)
+    given_price = Price(input=per_input, output=per_output, cached_input=per_cached)
     cached = per_input if per_cached is None else per_cached
     exact = (
         Fraction(per_input) * (usage.prompt_tokens - usage.cached_tokens)
@@ -66,6 +80,8 @@ def test_exact(usage: Usage, per_input: Decimal, per_output: Decimal, per_cached
     assert cost is not None
     assert nanos is not None
     assert Fraction(cost) == exact
+    assert cost_picos(usage, given_price) == exact * 10**12
+    assert usd(int(exact * 10**12)) == cost
     assert 0 <= nanos - exact * 10**9 < 1
     assert Fraction(Decimal(format_usd(cost))) == exact
 
@@ -75,8 +91,8 @@ def test_what_is_no_price(amount: str) -> None:
     """A configuration with it is refused, by the name of the field."""
     for field in ("input", "output", "cached_input"):
         prices = {"input": "1", "output": "1"} | {field: amount}
-        with pytest.raises(msgspec.ValidationError, match="a price is 0 to 1000000 USD"):
-            msgspec.convert(prices, Price)
+        with pytest.raises(ConfigError, match=rf"price\.{field}: (expected US dollars|must be at most)"):
+            configured(prices)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +100,7 @@ def test_what_is_no_price(amount: str) -> None:
 )
 def test_numbers_of_a_configuration(written: object, meant: str) -> None:
     """A YAML float is the decimal that was written, not its binary neighbour."""
-    assert msgspec.convert({"input": written, "output": 0}, Price).input == Decimal(meant)
+    assert configured({"input": written, "output": 0}).input == Decimal(meant)
 
 
 @pytest.mark.parametrize(
