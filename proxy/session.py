@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import AsyncGenerator
 from time import monotonic
 from typing import TYPE_CHECKING, ClassVar
 
 import aiohttp
 from yarl import URL
 
-from proxy.errors import UpstreamConnectFailed, UpstreamFailed, UpstreamInvalid, UpstreamUnreachable
+from proxy.errors import (
+    HeadraceError,
+    UpstreamConnectFailed,
+    UpstreamFailed,
+    UpstreamInvalid,
+    UpstreamUnreachable,
+)
 from proxy.headers import RawHeaders, value_of
+from proxy.sender import Source, framing
 from proxy.tasks import spawn
 from proxy.wire import End
 
@@ -25,7 +33,7 @@ class SessionExchange:
     pushes: ClassVar[bool] = False
 
     def __init__(
-        self, session: aiohttp.ClientSession, method: str, url: URL, lines: bytes, body: bytes
+        self, session: aiohttp.ClientSession, method: str, url: URL, lines: bytes, body: bytes | Source
     ) -> None:
         self._session = session
         self._method = method
@@ -41,7 +49,8 @@ class SessionExchange:
         self.reused = False
         self.fresh = False
         self.answered = False
-        self.last_at = monotonic()
+        self.last_at = self._took_at = monotonic()
+        self._sending = False  # an upload that is not complete
         self.status = 0
         self.reason = ""
         self.fields: RawHeaders = ()
@@ -49,24 +58,48 @@ class SessionExchange:
 
     async def send(self) -> None:
         """Starts the request; aiohttp gives no sign between "sent" and "answered"."""
+        self._took_at = monotonic()
         self._opening = spawn(self._try_open(), "upstream request")
+
+    @property
+    def asked_at(self) -> float:
+        if not isinstance(self._body, bytes) and self._body.waiting:
+            return monotonic()  # nobody but the caller holds it up
+        return self._took_at
 
     async def _try_open(self) -> None:
         try:
             await self._open()
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError, KeyError) as error:
+            self._fault = self._fault or error  # what made the body end is the reason
+
+    async def _pieces(self, source: Source) -> AsyncGenerator[bytes, None]:
+        """An upload, no faster than aiohttp's writer takes it."""
+        self._sending = True
+        pieces = source.pieces()
+        try:
+            async for piece in pieces:
+                yield piece
+                self._took_at = monotonic()
+        except HeadraceError as error:
             self._fault = error
+            raise
+        finally:
+            await pieces.aclose()
+        self._sending = False
 
     async def _open(self) -> None:
+        body = self._body
+        lines = self._lines.replace(framing(None), b"")  # aiohttp writes this one itself
         headers = [
             (name.decode(), value.decode("utf-8", "surrogateescape"))
-            for name, _, value in (line.partition(b": ") for line in self._lines.split(b"\r\n") if line)
+            for name, _, value in (line.partition(b": ") for line in lines.split(b"\r\n") if line)
         ]
         self._response = response = await self._session.request(
             self._method,
             self._url,
             headers=headers,
-            data=_payload(self._body),
+            data=_payload(body) if isinstance(body, bytes) else self._pieces(body),
             allow_redirects=False,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         )
@@ -99,6 +132,8 @@ class SessionExchange:
                     self._held += await self._read()
         except TimeoutError:
             return False
+        if isinstance(self._fault, HeadraceError):
+            raise self._fault
         if self._fault is not None:
             raise translate(self._fault) from None  # its text may hold an outbound proxy's password
         if self._end is End.CUT and not self._held:
@@ -118,6 +153,9 @@ class SessionExchange:
             unframed = End.CUT if self._reset else End.CLOSED
             self._end = End.FRAMED if self.framed else unframed
         return data
+
+    def look(self) -> tuple[bytes, End | None]:
+        return self._held, self._end
 
     def taken(self) -> tuple[bytes, End | None]:
         held, self._held = self._held, b""
@@ -150,7 +188,7 @@ class SessionExchange:
         if self._opening is not None:
             self._opening.cancel()
         if self._response is not None:
-            if self._end is End.FRAMED:
+            if self._end is End.FRAMED and not self._sending:
                 self._response.release()
             else:
                 self._response.close()
@@ -162,6 +200,7 @@ _BEFORE_SENDING = (
     aiohttp.ConnectionTimeoutError,
     aiohttp.ClientHttpProxyError,
     TimeoutError,
+    KeyError,  # aiohttp 3.14.5: its address was forgotten while it waited for another's question to DNS
 )
 
 

@@ -22,8 +22,9 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection as PooledConnection
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 
-from proxy.errors import UpstreamFailed, UpstreamInvalid, UpstreamStale, UpstreamUnreachable
+from proxy.errors import HeadraceError, UpstreamInvalid, UpstreamStale, UpstreamUnreachable
 from proxy.headers import RawHeaders, value_of
+from proxy.sender import Sender, Source
 
 if TYPE_CHECKING:
     from proxy.pool import Pool
@@ -204,6 +205,8 @@ class WireExchange:
         "_head",
         "_pool",
         "_protocol",
+        "_sender",
+        "_sent_at",
         "_waiter",
         "_wanted",
         "answered",
@@ -218,12 +221,13 @@ class WireExchange:
         "touched",
     )
 
-    def __init__(self, pool: Pool, head: bytes, body: bytes) -> None:
+    def __init__(self, pool: Pool, head: bytes, body: bytes | Source) -> None:
         self._pool = pool
         self._head = head
         self._body = body
         self._connection: PooledConnection | None = None
         self._protocol: WireConnection | None = None
+        self._sender: Sender | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._wanted = 1
         self._end: End | None = None
@@ -233,7 +237,7 @@ class WireExchange:
         self.touched = False  # a byte of an answer has come
         self.reused = False
         self.fresh = False
-        self.last_at = monotonic()
+        self.last_at = self._sent_at = monotonic()
         self.status = 0
         self.reason = ""
         self.fields: RawHeaders = ()
@@ -242,7 +246,8 @@ class WireExchange:
     # ── called by the attempt ────────────────────────────────────────────────────────────────────────────
 
     async def send(self) -> None:
-        """Takes a connection and writes the whole request. Raises aiohttp's connection errors."""
+        """Takes a connection and writes the whole request, of an upload the head: the rest follows by itself.
+        Raises aiohttp's connection errors."""
         connection = await self._pool.acquire(fresh=self.fresh)
         protocol = connection.protocol
         assert isinstance(protocol, WireConnection)
@@ -252,11 +257,22 @@ class WireExchange:
         self.reused = protocol.used
         protocol.used = True
         protocol.begin(self)
-        if len(self._body) <= _JOIN_LIMIT:
-            protocol.transport.write(self._head + self._body)
+        self._sent_at = monotonic()
+        body = self._body
+        if not isinstance(body, bytes):
+            protocol.transport.write(self._head)
+            self._sender = Sender(body, self)
+            self._sender.start(protocol.transport, protocol._drain_helper)
+        elif len(body) <= _JOIN_LIMIT:
+            protocol.transport.write(self._head + body)
         else:
             protocol.transport.write(self._head)
-            protocol.transport.write(self._body)
+            protocol.transport.write(body)
+
+    @property
+    def asked_at(self) -> float:
+        """Since when the upstream owes something: an answer, or to take more of an upload."""
+        return self._sent_at if self._sender is None else self._sender.last_at
 
     async def hold(self, size: int, until: float) -> bool:
         """Waits until `size` bytes of the body are here, or its end; False if `until` (a moment of
@@ -270,7 +286,9 @@ class WireExchange:
             raise UpstreamInvalid
         return True
 
-    def _no_answer(self) -> UpstreamFailed:
+    def _no_answer(self) -> HeadraceError:
+        if isinstance(self._fault, HeadraceError):
+            return self._fault  # the caller's: its body cannot be had
         if self._fault is not None:
             return UpstreamInvalid()
         return UpstreamStale() if self.reused and not self.touched else UpstreamUnreachable()
@@ -320,15 +338,19 @@ class WireExchange:
             self._protocol.resume_reading()
 
     def close(self) -> None:
-        """Gives the connection back if its answer is complete, else ends it at once. Never blocks."""
-        connection, protocol = self._connection, self._protocol
+        """Gives the connection back if request and answer are complete, else ends it. Never blocks."""
+        connection, protocol, sender = self._connection, self._protocol, self._sender
         self.sink = None
+        if sender is not None:
+            sender.stop()
         if connection is None or protocol is None:
             return
         self._connection = self._protocol = None
         protocol.exchange = None
         protocol.pieces.clear()
         unsent = protocol.transport is None or protocol.transport.get_write_buffer_size() > 0
+        if sender is not None and not sender.done:
+            unsent = True
         if self._end is End.FRAMED and not unsent and not self._pool.too_old(protocol):
             protocol.resume_reading()
             connection.release()
@@ -399,6 +421,8 @@ def self_check(loop: asyncio.AbstractEventLoop) -> str | None:
     """Feeds a canned answer to a connection; None if every private name still means what it did, else why."""
     try:
         connection = WireConnection(loop)
+        if not asyncio.iscoroutinefunction(connection._drain_helper):
+            return "a connection's buffer is waited for differently"
         exchange = WireExchange(None, b"", b"")  # type: ignore[arg-type] # no pool: nothing is acquired
         exchange._protocol = connection
         connection.begin(exchange)
