@@ -22,6 +22,9 @@ class Body(StrEnum):
 
     NONE = "none"
     JSON = "json"
+    FORM = (
+        "form"  # multipart/form-data, not held but passed through; JSON as well, where the provider takes it
+    )
 
 
 class Model(StrEnum):
@@ -57,6 +60,11 @@ def _optional(name: str) -> Endpoint:
 def _stored(name: str, *methods: str, dialect: Dialect = Dialect.OPENAI) -> Endpoint:
     """Objects that the provider keeps: no model in the request, so they go to `default_upstream`."""
     return Endpoint(name, methods or ("GET", "POST", "DELETE"), Body.JSON, Model.NONE, dialect)
+
+
+def _form(name: str, model: Model = Model.NONE) -> Endpoint:
+    """An upload: a file, audio, images."""
+    return Endpoint(name, ("POST",), Body.FORM, model)
 
 
 def _ours(name: str) -> Endpoint:
@@ -100,10 +108,20 @@ TABLE: tuple[Endpoint, ...] = (
     _optional("/v1/moderations"),
     _inference("/v1/rerank", streams=False),
     _optional("/v1/images/generations"),
+    _form("/v1/images/edits", Model.OPTIONAL),
+    _form("/v1/images/variations", Model.OPTIONAL),
     _inference("/v1/audio/speech", streams=False),
+    _form("/v1/audio/transcriptions", Model.OPTIONAL),
+    _form("/v1/audio/translations", Model.OPTIONAL),
+    _form("/v1/audio/voices"),
+    _form("/v1/audio/voice_consents"),
+    _stored("/v1/audio/voice_consents", "GET"),
+    _stored("/v1/audio/voice_consents/{id}"),
+    _form("/v1/files"),
     _stored("/v1/files", "GET"),
     _stored("/v1/files/{rest}", "GET", "DELETE"),
     _stored("/v1/uploads"),
+    _form("/v1/uploads/{id}/parts"),
     _stored("/v1/uploads/{id}/complete", "POST"),
     _stored("/v1/uploads/{id}/cancel", "POST"),
     _stored("/v1/batches"),

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy import endpoints
-from proxy.endpoints import TABLE, Model
+from proxy.endpoints import TABLE, Body, Model
 from proxy.errors import Dialect
 
 
@@ -60,6 +60,30 @@ def test_streams_that_announce_their_end() -> None:
         found = endpoints.match("POST", name)
         assert found is not None
         assert found.model in (Model.REQUIRED, Model.OPTIONAL)
+
+
+def test_forms() -> None:
+    """Exactly the uploads of OpenAI's API are forms; audio and images may name a model, files never do."""
+    forms = {row.name: row for row in TABLE if row.body is Body.FORM}
+    assert {name for name, row in forms.items() if row.model is Model.OPTIONAL} == {
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/v1/images/edits",
+        "/v1/images/variations",
+    }
+    assert {name for name, row in forms.items() if row.model is Model.NONE} == {
+        "/v1/audio/voice_consents",
+        "/v1/audio/voices",
+        "/v1/files",
+        "/v1/uploads/{id}/parts",
+    }
+    for name, row in forms.items():
+        assert row.methods == ("POST",)
+        assert endpoints.match("POST", example_of(name).removeprefix("/v1")) is row
+    for method, path in (("GET", "/v1/files"), ("GET", "/v1/files/file-1/content"), ("POST", "/v1/uploads")):
+        found = endpoints.match(method, path)
+        assert found is not None
+        assert found.body is Body.JSON
 
 
 @pytest.mark.parametrize(
