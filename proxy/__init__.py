@@ -79,6 +79,8 @@ composition
     workers     workers as the front sees them, in this process or in another
     worker      a worker process
     keeper      keeps one worker process alive
+    crew        all workers of a front, seen as one
+    handover    the two ends of a restart
     supervisor  binds the sockets, runs the workers, holds the admin listener; reload, restart
     cli_keys    the commands about keys and tokens
     cli         the commands

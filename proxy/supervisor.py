@@ -5,8 +5,8 @@ accepts from the same listening socket (measured: 2 workers share 1,000 connecti
 nothing is lost when one dies; with SO_REUSEPORT what a closing listener had in its backlog is reset). Workers
 are fresh interpreters, not forks: what they run is the code on disk.
 
-A restart starts a second front with the same sockets; when it serves, this one stops accepting, drains, and
-reports its figures to the new one until it ends, so that no counter goes backwards.
+A restart starts a second front with the same sockets (`handover`); when it serves, this one stops accepting,
+drains, and reports its figures to the new one until it ends, so that no counter goes backwards.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ import asyncio
 import os
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-import msgspec
 import structlog
 from aiohttp import web
 
 from proxy import __version__, admin, config, listen
 from proxy.admin_keys import AdminKeys
-from proxy.control import Channel, ControlError
+from proxy.control import ControlError
+from proxy.crew import Crew, ask
 from proxy.downstream import Limits, Runner
 from proxy.errors import OperationError, StartError
+from proxy.handover import Heir, Inheritance, inherited, take_over
 from proxy.keeper import Keeper
 from proxy.log import RequestLog, Sink
 from proxy.metrics import Metrics, Snapshot
@@ -37,19 +36,10 @@ from proxy.shared import Shared
 from proxy.slots import WaitingRoom
 from proxy.stores import Stores
 from proxy.tasks import spawn
-from proxy.workers import (
-    START_S,
-    LocalWorker,
-    RemoteWorker,
-    Worker,
-    answer_worker_verb,
-    encode_settings,
-)
+from proxy.workers import LocalWorker, RemoteWorker, Worker, encode_settings
 from proxy.yamlstruct import ConfigError
 
 _ADMIN_CONNECTIONS = 100
-#: Descriptors handed to a new generation: data listener, admin listener, handover channel; then the counters.
-_INHERIT = "HEADRACE_INHERIT"
 _NOT_NOW = "cannot change while running: use `headrace restart`"
 #: What a reload cannot change, because it is bound or built once.
 _FIXED = ("listen", "admin", "workers", "log", "admin_token")
@@ -81,19 +71,17 @@ class Front:
         self._request_log = request_log
         self._push = push
         self._metrics = Metrics(__version__)  # the front's own, and what the dead have counted
-        self._workers: list[Worker] = []
-        self._elders: list[RemoteWorker] = []  # generations that still drain
+        self._crew = Crew()
+        self._heir = Heir(_AsWorker(self), self._leave_admin)
         self._shared: Shared | None = None
         self._stores: Stores | None = None
         self._room: WaitingRoom | None = None
         self._listener: socket.socket | None = None
         self._admin_socket: socket.socket | None = None
         self._admin_runner: Runner | None = None
-        self._handover: Channel | None = None
         self._guest = False  # started by a restart and not yet serving: the paths are another's
         self._restarting = False
         self._reloading = asyncio.Lock()  # a worker can prepare one configuration at a time
-        self._serving: asyncio.Future[None] | None = None
         self._gone_from_admin = False
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -105,23 +93,14 @@ class Front:
     async def start(self) -> None:
         """Binds or inherits the sockets, starts workers and the admin listener. Raises StartError."""
         self._sink.attach(asyncio.get_running_loop())
-        inherited = _inherited(self._environ)
-        workers = self.settings.worker_count
-        if inherited is None:
-            self._shared = Shared.fresh(workers)
-            self._listener = listen.bind(self.settings.listen_address)
-            self._admin_socket = listen.bind(self.settings.admin_address)
-        else:
-            self._guest = True
-            (self._listener, self._admin_socket, handover), counters = inherited
-            self._shared = Shared.inherited(counters, workers)
-            self._listener = listen.keep_or_bind(self._listener, self.settings.listen_address)
-            self._admin_socket = listen.keep_or_bind(self._admin_socket, self.settings.admin_address)
-        self.port, self.admin_port = listen.port_of(self._listener), listen.port_of(self._admin_socket)
+        inheritance = inherited(self._environ)
+        self._take_sockets(inheritance)
         app = self._admin_app()
         await self._start_workers()
-        if inherited is not None:
-            await self._take_over(handover)  # first: one page without the elder's figures would be too many
+        assert self._admin_socket is not None
+        if inheritance is not None:  # first: one page without the elder's figures would be too many
+            await take_over(inheritance.channel, self._crew, self._metrics)
+            self._guest = False
         self._admin_runner = Runner(  # ours, because aiohttp's parser quotes what it refuses: the token
             app,
             Limits(_ADMIN_CONNECTIONS, self.settings.timeouts.header, self.settings.timeouts.write),
@@ -133,13 +112,27 @@ class Front:
         await self._admin_runner.setup()
         await web.SockSite(self._admin_runner, self._admin_socket).start()
 
+    def _take_sockets(self, inheritance: Inheritance | None) -> None:
+        """Binds or inherits them, and the shared counters."""
+        settings, workers = self.settings, self.settings.worker_count
+        if inheritance is None:
+            self._shared = Shared.fresh(workers)
+            self._listener = listen.bind(settings.listen_address)
+            self._admin_socket = listen.bind(settings.admin_address)
+        else:
+            self._guest = True
+            self._shared = Shared.inherited(inheritance.counters, workers)
+            self._listener = listen.keep_or_bind(inheritance.listener, settings.listen_address)
+            self._admin_socket = listen.keep_or_bind(inheritance.admin, settings.admin_address)
+        self.port, self.admin_port = listen.port_of(self._listener), listen.port_of(self._admin_socket)
+
     async def _start_workers(self) -> None:
         assert self._listener is not None
         assert self._shared is not None
         if self.settings.worker_count == 1:
             owner = self._shared.owner(0)
             server = Server(self.settings, self._sink, self._request_log, owner, push=self._push)
-            self._workers.append(LocalWorker(server))
+            self._crew.workers.append(LocalWorker(server))
             await server.start(self._listener)
             return
         self._room = self._open_room()
@@ -172,7 +165,7 @@ class Front:
         worker.channel.note("settings", [encode_settings(self.settings), self._push, owner])
 
     def _joined(self, worker: RemoteWorker) -> None:
-        self._workers.append(worker)
+        self._crew.workers.append(worker)
         if worker.settings is not self.settings:  # a reload came while it started
             spawn(self._catch_up(worker), "catch up with a reload")
 
@@ -192,7 +185,7 @@ class Front:
 
     def _left(self, worker: RemoteWorker) -> None:
         """A worker's process has ended: what it has counted stays counted."""
-        self._workers.remove(worker)
+        self._crew.workers.remove(worker)
         self._metrics.absorb(worker.last, levels=False)
         if not self.draining:
             self._metrics.workers_replaced.add()
@@ -209,17 +202,10 @@ class Front:
     # ── what the admin listener asks ─────────────────────────────────────────────────────────────────────
 
     def ready(self) -> bool:
-        return not self.draining and bool(self._workers)
+        return not self.draining and bool(self._crew.workers)
 
     async def state(self) -> dict[str, Any]:
-        """The sum over all workers, draining generations included; `workers` counts those that serve."""
-        total: dict[str, Any] = {}
-        for state in await self._ask(self._everybody(), lambda worker: worker.state()):
-            for name, value in state.items():
-                total[name] = total.get(name, 0) + value
-        total["workers"] = len(self._workers)
-        total["draining"] = self.draining
-        return total
+        return {**await self._crew.state(), "draining": self.draining}
 
     async def page(self) -> Metrics:
         """The metrics of all workers, living and dead."""
@@ -227,8 +213,7 @@ class Front:
         if self._room is not None:
             show_depths(self._metrics, self.settings, self._room.depths())
         total.absorb(self._metrics.snapshot(), levels=True)
-        answered = await self._ask(self._everybody(), lambda worker: worker.snapshot())
-        for snapshot in answered:
+        for snapshot in await self._crew.snapshots():
             total.absorb(snapshot, levels=True)
         return total
 
@@ -236,23 +221,10 @@ class Front:
         return (await self.page()).snapshot()
 
     async def streams(self) -> list[dict[str, Any]]:
-        lists = await self._ask(self._everybody(), lambda worker: worker.streams())
-        return [stream for streams in lists for stream in streams]
+        return await self._crew.streams()
 
     async def kill(self, stream_id: str) -> bool:
-        return any(await self._ask(self._everybody(), lambda worker: worker.kill(stream_id)))
-
-    def _everybody(self) -> list[Worker]:
-        return [*self._workers, *self._elders]
-
-    async def _ask(self, workers: Iterable[Worker], ask: Callable[[Worker], Awaitable[Any]]) -> list[Any]:
-        """The answers of those that answer; one that has just died is not waited for, its figures are what
-        it said last."""
-        answers = await asyncio.gather(*(ask(worker) for worker in workers), return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, ControlError):
-                raise answer
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
+        return await self._crew.kill(stream_id)
 
     # ── reload ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -271,12 +243,12 @@ class Front:
     async def _reload(self) -> None:
         settings = self._load()
         self._check_fixed(settings)
-        workers = list(self._workers)
+        workers = list(self._crew.workers)
         try:
             for worker in workers:
                 await worker.prepare(settings)
         except (ControlError, StartError, OSError, ValueError) as error:
-            await self._ask(workers, lambda worker: worker.discard())
+            await ask(workers, lambda worker: worker.discard())
             raise StartError(f"nothing was changed: {error}") from error
         if self._room is not None:
             queue = settings.limits.queue
@@ -308,43 +280,16 @@ class Front:
             raise StartError("a restart or a drain is already under way")
         self._restarting = True
         try:
-            return await self._start_generation()
+            assert self._listener is not None
+            assert self._admin_socket is not None
+            assert self._shared is not None
+            sockets = [self._listener, self._admin_socket]
+            pid = await self._heir.start(sockets, self._shared, self._environ)
         finally:
             self._restarting = False
-
-    async def _start_generation(self) -> int:
-        assert self._listener is not None
-        assert self._admin_socket is not None
-        ours, theirs = socket.socketpair()
-        assert self._shared is not None
-        sockets = [self._listener.fileno(), self._admin_socket.fileno(), theirs.fileno()]
-        bequest = ",".join(map(str, [*sockets, self._shared.bequest()]))
-        with theirs:
-            process = await asyncio.to_thread(
-                subprocess.Popen,
-                [sys.executable, "-m", "proxy", *sys.argv[1:]],
-                pass_fds=[*sockets, self._shared.fd],
-                env={**self._environ, _INHERIT: bequest},
-            )
-        serving = asyncio.get_running_loop().create_future()
-        ours.setblocking(False)
-        self._serving = serving
-        self._handover = await Channel.open(ours, self._answer_heir, lambda *_: None)
-        try:
-            async with asyncio.timeout(START_S):
-                await asyncio.wait([serving, self._handover.closed], return_when=asyncio.FIRST_COMPLETED)
-            if not serving.done():
-                raise StartError("the new generation ended while it started; see its log")
-        except (TimeoutError, StartError) as error:
-            process.kill()
-            await asyncio.to_thread(process.wait)
-            self._handover.close()
-            self._handover = None
-            raise StartError(str(error) or "the new generation does not start in time") from None
-        structlog.get_logger().info("handed_over", to=process.pid)
         self._drain_s = max(up.timeouts.total for up in self.settings.upstreams.values())
         self._stop.set()
-        return process.pid
+        return pid
 
     async def _leave_admin(self) -> None:
         """The new generation answers there now: kept connections end, or their scraper would stay with us."""
@@ -359,30 +304,6 @@ class Front:
     async def _close_behind(self, _: web.Request, response: web.StreamResponse) -> None:
         if self._gone_from_admin:
             response.force_close()
-
-    async def _answer_heir(self, verb: str, payload: Any) -> Any:
-        """The new generation asks us what it would ask a worker."""
-        if verb == "serving":
-            await self._leave_admin()
-            if self._serving is not None and not self._serving.done():
-                self._serving.set_result(None)
-            return None
-        return await answer_worker_verb(_AsWorker(self), verb, payload)
-
-    async def _take_over(self, sock: socket.socket) -> None:
-        elder = RemoteWorker(os.getppid())
-        await elder.connect(sock)
-        assert elder.channel is not None
-        self._elders.append(elder)
-        await elder.channel.call("serving")  # answered when nobody else answers at the admin listener
-        self._guest = False
-        spawn(self._until_gone(elder), "previous generation")
-
-    async def _until_gone(self, elder: RemoteWorker) -> None:
-        assert elder.channel is not None
-        await asyncio.shield(elder.channel.closed)
-        self._elders.remove(elder)
-        self._metrics.absorb(elder.last, levels=False)
 
     # ── the life of the process ──────────────────────────────────────────────────────────────────────────
 
@@ -416,36 +337,21 @@ class Front:
         self.draining = True
         for keeper in self._keepers:
             keeper.stop()
-        drains = asyncio.gather(
-            *(worker.drain(self._drain_s) for worker in self._workers), return_exceptions=True
-        )
         hurry = spawn(self._pass_on_hurry(), "hurry")
-        await drains
-        await self._until_elders_gone()
+        await self._crew.drain(self._drain_s)
+        await self._crew.until_elders_gone(self._drain_s, self._hurry)
         hurry.cancel()
-
-    async def _until_elders_gone(self) -> None:
-        """Generations before this one are seen and counted through it only."""
-        closed = [elder.channel.closed for elder in self._elders if elder.channel is not None]
-        if closed and not self._hurry.is_set():
-            hurried = spawn(self._hurry.wait(), "wait for hurry")
-            gone = asyncio.gather(*map(asyncio.shield, closed))
-            await asyncio.wait([gone, hurried], timeout=self._drain_s, return_when=asyncio.FIRST_COMPLETED)
-            hurried.cancel()
-            gone.cancel()
 
     async def _pass_on_hurry(self) -> None:
         await self._hurry.wait()
-        await self._ask(self._workers, lambda worker: worker.hurry())
+        await self._crew.hurry()
 
     async def close(self) -> None:
         """Ends everything; the figures go to the new generation if there is one."""
         self.draining = True
-        if self._handover is not None:
-            self._handover.note("figures", msgspec.msgpack.encode(await self.figures()))
-            self._handover.close()
-            await asyncio.sleep(0)
-        for worker in list(self._workers):
+        if self._heir.exists:
+            await self._heir.bequeath(await self.figures())
+        for worker in list(self._crew.workers):
             await worker.close()
         for keeper in self._keepers:
             keeper.terminate()
@@ -459,7 +365,7 @@ class Front:
             (self._listener, self.settings.listen_address),
             (self._admin_socket, self.settings.admin_address),
         ):
-            listen.close(sock, address, keep_path=self._handover is not None or self._guest)
+            listen.close(sock, address, keep_path=self._heir.exists or self._guest)
         if self._shared is not None:
             self._shared.close()
         self._sink.attach(None)
@@ -511,16 +417,3 @@ class _AsWorker(LocalWorker):
 
     async def kill(self, stream_id: str) -> bool:
         return await self._front.kill(stream_id)
-
-
-def _inherited(
-    environ: MutableMapping[str, str],
-) -> tuple[tuple[socket.socket, socket.socket, socket.socket], str] | None:
-    """The sockets and the counters of the generation before, if this one was started by a restart."""
-    named = environ.pop(_INHERIT, None)
-    if named is None:
-        return None
-    *numbers, counters = named.split(",")
-    listener, admin_socket, handover = (socket.socket(fileno=int(number)) for number in numbers)
-    handover.setblocking(False)
-    return (listener, admin_socket, handover), counters

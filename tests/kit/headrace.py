@@ -59,7 +59,7 @@ class Headrace:
     @property
     def server(self) -> Server:
         """The data plane of the one worker."""
-        worker = self.front._workers[0]
+        worker = self.front._crew.workers[0]
         assert isinstance(worker, LocalWorker)
         return worker.server
 
