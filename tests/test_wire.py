@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
+import random
 import socket
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from proxy import wire
-from tests.kit.callers import Answer, Caller, ask, chat
+from tests.kit.callers import Answer, Caller, ask, chat, post
 from tests.kit.headrace import until
 from tests.kit.lab import Gate, Lab, Way, both, everywhere, hold, lab, plays, response
 from tests.kit.upstreams import DONE, END, HEAD, Call, chunk, event
@@ -366,6 +368,64 @@ async def test_a_large_answer_is_piped(way: Way, framing: str) -> None:
             most = max(most, resident_mb())
         assert got == size
         assert most - before < 30, f"{before:.0f} MB grew to {most:.0f} MB"
+        line = await it.ended("complete")
+        assert line["bytes_out"] == size
+
+
+@both
+@pytest.mark.alone
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_speech_for_a_slow_listener(way: Way, framing: str) -> None:
+    """200 MB of audio for a reader that first takes nothing: the upstream has to wait, memory stays flat, and
+    every byte arrives."""
+    piece, count = random.Random(7).randbytes(2**20), 200
+    size = len(piece) * count
+    fields = f"Content-Length: {size}" if framing == "length" else "Transfer-Encoding: chunked"
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\n{fields}\r\n\r\n".encode()
+    sent = 0
+
+    async def script(call: Call) -> None:
+        nonlocal sent
+        await call.send(head)
+        for _ in range(count):
+            await call.send(chunk(piece) if framing == "chunked" else piece)
+            sent += len(piece)
+        if framing == "chunked":
+            await call.send(END)
+
+    def stands_still() -> bool:
+        nonlocal seen, since
+        if sent != seen:
+            seen, since = sent, time.monotonic()
+        return time.monotonic() > since + 0.3
+
+    async with (
+        lab(script, way) as it,
+        asyncio.timeout(25),
+        await Caller.connect(it.port, receive_buffer=2**17) as caller,
+    ):
+        before = resident_mb()
+        await caller.send(post("/v1/audio/speech", {"model": "m", "input": "x"}))
+        seen, since = 0, time.monotonic()
+        await until(stands_still, 15)
+        assert 0 < sent < size / 2, "nobody held the upstream back"
+        answer = await caller.head()
+        assert answer.headers["content-type"] == "audio/mpeg"
+        digest, most = hashlib.blake2b(), resident_mb()
+        left = size
+        while left:
+            data = await (caller.piece(Answer()) if framing == "chunked" else caller.reader.read(2**18))
+            assert data
+            digest.update(data)
+            left -= len(data)
+            most = max(most, resident_mb())
+        expected = hashlib.blake2b()
+        for _ in range(count):
+            expected.update(piece)
+        assert digest.digest() == expected.digest()
+        assert most - before < 40, f"{before:.0f} MB grew to {most:.0f} MB"
+        if framing == "chunked":
+            assert await caller.piece(Answer()) == b""
         line = await it.ended("complete")
         assert line["bytes_out"] == size
 
