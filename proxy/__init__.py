@@ -56,7 +56,10 @@ data path
     slots       the waiting room: who finds no slot waits there
     slots_remote  the waiting room of several workers, in the supervisor
     context     what one request knows about itself
-    admission   what a caller may use: rates, tokens, slots
+    seat        the shared slots of one request, over failovers and hedges
+    admission   what a caller may use: rates, tokens, dollars, slots
+    budgets     what may be spent: dollars a day and a month
+    accounting  what a request reserves because of its cost, and its one settlement
     core        what all requests of a process share
     intake      the body: whole, bounded, timed
     uploads     the body of an upload: no faster than the upstream takes it
@@ -70,7 +73,8 @@ web
     key_order   what people write to get a key
     key_commands  keys and tokens, for the command line and the admin API
     browser_api what a web page may ask without a key, and its answer's shape
-    handlers    the routes
+    proxied     requests that go upstream: body, model, cost, place
+    handlers    the routes, and what is answered here
     downstream  the listening side
     admin_keys  the keys on the admin listener
     admin       the admin listener

@@ -9,24 +9,28 @@ caller's request rate, by the head alone; `take_model_request` and `reserve_toke
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from enum import StrEnum
+from datetime import UTC, datetime
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from proxy.errors import LimitExceeded, Overloaded, QueueFull, TokensLimited, TooManyInFlight
+from proxy import budgets
+from proxy.errors import BudgetExceeded, LimitExceeded, Overloaded, QueueFull, TokensLimited, TooManyInFlight
 from proxy.permit import Direct, Permit, Slots, Ticket, Wanted
-from proxy.state import Charge, Slot, StoreUnavailable
-from proxy.tasks import spawn
+from proxy.pricing import PICOS_PER_NANO, format_usd, usd
+from proxy.seat import Manner, Seat
+from proxy.state import Charge, Slot, Spend, StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from proxy.bucket import Decision
     from proxy.context import Context
+    from proxy.identity import Principal
     from proxy.metrics import Metrics
     from proxy.schema import Limits, Model, Plan
     from proxy.stores import Stores
@@ -34,14 +38,6 @@ if TYPE_CHECKING:
 
 #: The plan that callers without one wait under: a label of the queue's metrics.
 OPEN_PLAN = "open"
-
-
-class Manner(StrEnum):
-    """How a request waits for its slots."""
-
-    WAIT = "wait"
-    LOW = "low"  # it said that it is in no hurry
-    NOW = "now"  # not at all: an upload would hold its caller's bytes back
 
 
 class Reservation(msgspec.Struct):
@@ -142,6 +138,46 @@ class Admission:
             except StoreUnavailable:
                 pass  # the bucket fills up by itself
 
+    async def spend(self, wanted: Sequence[Spend]) -> Sequence[Spend]:
+        """Takes from all budgets or none. Raises BudgetExceeded; empty if it is only observed."""
+        wall_now = time.time()
+        try:
+            within = await self.state.spend(wanted, wall_now)
+        except StoreUnavailable:
+            raise Overloaded from None
+        self._count("budget", allowed=all(within))
+        if all(within):
+            return wanted
+        if self.limits.mode == "observe":
+            return ()
+        last = max(spend.resets_at for spend, inside in zip(wanted, within, strict=True) if not inside)
+        raise BudgetExceeded(
+            last - wall_now, datetime.fromtimestamp(last, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        )
+
+    async def budgets_left(self, principal: Principal, plan: Plan) -> list[dict[str, object] | None]:
+        """Of the caller's own day and month; None where there is no budget."""
+        own = budgets.own(principal, plan, time.time())
+        names = [spend.name for spend in own if spend is not None]
+        try:
+            spent = iter(await self.state.peek_spend(names, time.time()) if names else ())
+        except StoreUnavailable:
+            raise Overloaded from None
+        return [None if spend is None else _budget_document(spend, next(spent)) for spend in own]
+
+    async def settle_spend(self, taken: Sequence[Spend], nanos: int) -> None:
+        """Corrects what was taken by what was really spent."""
+        corrections = [
+            Spend(spend.name, nanos - spend.amount, spend.limit, spend.resets_at)
+            for spend in taken
+            if nanos != spend.amount
+        ]
+        if corrections:
+            try:
+                await self.state.settle_spend(corrections, time.time())
+            except StoreUnavailable:
+                pass  # the ledger has the truth
+
     # ── slots ────────────────────────────────────────────────────────────────────────────────────────────
 
     @asynccontextmanager
@@ -165,7 +201,7 @@ class Admission:
                 raise Overloaded from None
             finally:
                 ctx.queue_s = monotonic() - began_at
-            yield await held.enter_async_context(Seat(self, permit))
+            yield await held.enter_async_context(Seat(permit, self.slots, self.slot_of))
 
     async def left(self, name: str, plan: Plan) -> dict[str, object]:
         """What a caller could use now, by unit; null is no limit."""
@@ -247,63 +283,22 @@ class Admission:
         self._metrics.limit_decisions.add((scope, "allowed" if allowed else refused))
 
 
-class Seat:
-    """The shared slots of one request. `permit` None: observed only, there was none."""
+def _budget_document(budget: Spend, spent: int) -> dict[str, object]:
+    """Spent includes what requests under way may still cost."""
+    return {
+        "limit_usd": _usd(budget.limit),
+        "spent_usd": _usd(spent),
+        "remaining_usd": _usd(max(budget.limit - spent, 0)),
+        "resets_at": _date(budget.resets_at),
+    }
 
-    __slots__ = ("_admission", "_extra", "_permit")
 
-    def __init__(self, admission: Admission, permit: Permit | None) -> None:
-        self._admission = admission
-        self._permit = permit
-        self._extra: Permit | None = None
+def _usd(nanos: int) -> str:
+    return format_usd(usd(nanos * PICOS_PER_NANO))
 
-    @property
-    def upstream(self) -> str | None:
-        """Whose slot is held."""
-        return None if self._permit is None else self._permit.upstream
 
-    async def change(self, upstream: Upstream) -> bool:
-        """For a failover: a slot of that upstream instead, if one is free at once."""
-        if self._permit is None or self._permit.upstream == upstream.name:
-            return True
-        admission = self._admission
-        try:
-            return await admission.slots.failover(
-                self._permit, ((upstream.name, admission.slot_of(upstream)),)
-            )
-        except StoreUnavailable:
-            return False
-
-    async def add(self, upstream: Upstream) -> bool:
-        """For a hedge: a slot of that upstream as well, if one is free at once."""
-        if self._permit is None:
-            return True
-        admission = self._admission
-        wanted = Wanted((), ((upstream.name, admission.slot_of(upstream)),))
-        try:
-            self._extra = await admission.slots.try_now(wanted)
-        except StoreUnavailable:
-            return False
-        return self._extra is not None
-
-    async def keep(self, upstream: Upstream | None) -> None:
-        """After a hedge: only this upstream's slot. Never suspends."""
-        extra, self._extra = self._extra, None
-        if extra is None:
-            return
-        if self._permit is not None and upstream is not None and extra.upstream == upstream.name:
-            spawn(self._permit.shrink(self._permit.take_over(extra)), "shrink a permit")
-        else:
-            await extra.release()
-
-    async def __aenter__(self) -> Seat:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Never suspends."""
-        await self.keep(None)
-        if self._permit is not None:
-            await self._permit.release()
+def _date(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _as_document(decision: Decision, per_minute: int) -> dict[str, object]:

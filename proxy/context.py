@@ -56,12 +56,14 @@ class Context:
         "chunks",
         "client_ip",
         "committed",
+        "cost_picos",
         "dialect",
         "endpoint",
         "error_code",
         "first_byte_at",
         "first_token_at",
         "given_up",
+        "list_cost_picos",
         "model",
         "phase",
         "principal",
@@ -111,6 +113,8 @@ class Context:
         self.client_ip = ""
         self.usage: Usage | None = None  # None: the answer said nothing
         self.asked_tokens = 0  # of the prompt, estimated
+        self.cost_picos: int | None = None  # 1e-12 USD; None: not known
+        self.list_cost_picos: int | None = None
 
     @property
     def route(self) -> str:

@@ -105,6 +105,7 @@ TABLE: tuple[Endpoint, ...] = (
     _ours("/v1/models/{rest}"),
     _stored("/v1/models/{id}", "DELETE"),
     _ours("/v1/limits"),
+    _ours("/v1/usage"),
     _optional("/v1/moderations"),
     _inference("/v1/rerank", streams=False),
     _optional("/v1/images/generations"),

@@ -8,7 +8,7 @@
     ├── ModelNotAllowed       403  the model is not in the caller's allow-list
     ├── IpNotAllowed          403  the address is not in the caller's networks
     ├── NotFound              404  no such path or model
-    ├── LimitExceeded         429  the caller's plan is used up: requests, tokens, slots
+    ├── LimitExceeded         429  the caller's plan is used up: requests, tokens, slots, dollars
     ├── Refused               4xx  any other refusal before an attempt (408, 413, 415, …)
     ├── Overloaded            503  ours: full, waited too long, draining
     ├── NoUpstreamAvailable   503  all upstreams of the model are ejected or unhealthy
@@ -231,6 +231,17 @@ class TokensLimited(LimitExceeded):
 class TooManyInFlight(LimitExceeded):
     code = "too_many_in_flight"
     message = "Too many requests at once: wait for one of them to end."
+
+
+class BudgetExceeded(LimitExceeded):
+    """No SDK need ask again before the budget begins anew, in `retry_after_s` seconds."""
+
+    code = "budget_exceeded"
+
+    def __init__(self, retry_after_s: float, resets_at: str) -> None:
+        super().__init__(retry_after_s)
+        self.message = f"The budget is used up; it begins anew at {resets_at}."
+        self.headers = {**self.headers, "x-should-retry": "false", "x-headrace-budget-reset": resets_at}
 
 
 def retry_after(seconds: float) -> dict[str, str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _DECIMALS = 6
 PICOS_PER_USD = 10**12
-_PICOS_PER_NANO = 1000
+PICOS_PER_NANO = 1000
 
 
 def cost_usd(usage: Usage, price: Price | None) -> Decimal | None:
@@ -29,7 +29,7 @@ def cost_usd(usage: Usage, price: Price | None) -> Decimal | None:
 def cost_nanos(usage: Usage, price: Price | None) -> int | None:
     """Nanodollars (1e-9 USD), rounded up: a budget may end a billionth early, it is never overdrawn."""
     picos = cost_picos(usage, price)
-    return None if picos is None else -(-picos // _PICOS_PER_NANO)
+    return None if picos is None else -(-picos // PICOS_PER_NANO)
 
 
 def cost_picos(usage: Usage, price: Price | None) -> int | None:

@@ -41,7 +41,7 @@ def _data_urls(body: bytes) -> tuple[int, int]:
     return count, size
 
 
-def reservation(prompt_tokens: int, max_tokens: int | None, max_output: int, n: int | None) -> int:
-    """Tokens to reserve: the prompt, and for each of `n` answers what the caller allows or else the model's
-    `max_output`. A bucket takes no more than it can hold: no wait would bring that."""
-    return prompt_tokens + (max_output if max_tokens is None else max_tokens) * (n or 1)
+def most_output(max_tokens: int | None, max_output: int, n: int | None) -> int:
+    """Tokens that the answers may have at most: for each of `n` what the caller allows, or else the model's
+    `max_output`."""
+    return (max_output if max_tokens is None else max_tokens) * (n or 1)

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import asyncio
-from time import monotonic
+from time import monotonic, time
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from proxy.accounting import row_of
 from proxy.context import CONTEXT, CORE, Context
 from proxy.core import Core
 from proxy.errors import Reason
 from proxy.log import RequestLine, timestamp
+from proxy.pricing import PICOS_PER_USD, format_usd, usd
+from proxy.usage import Source
 
 #: nginx's code for "the caller closed the connection"; only in logs and metrics, never on the wire.
 _CLIENT_CLOSED = 499
@@ -68,6 +71,23 @@ def _count(core: Core, ctx: Context, reason: Reason, ended_at: float) -> None:
         metrics.time_to_first_byte.observe((upstream,), ctx.first_byte_at - ctx.started_at)
     if ctx.first_token_at is not None:
         metrics.time_to_first_token.observe((model, upstream), ctx.first_token_at - ctx.started_at)
+    if ctx.reached_upstream:
+        _enter(core, ctx, reason, ended_at - ctx.started_at)
+
+
+def _enter(core: Core, ctx: Context, reason: Reason, duration_s: float) -> None:
+    """Into the ledger, and the counters that are proved against it."""
+    row = row_of(ctx, reason, time(), duration_s)
+    core.ledger.add(row)
+    if row.usage_source == Source.UNKNOWN:
+        return
+    tokens = core.metrics.tokens
+    tokens.add((row.model, "prompt"), row.prompt_tokens)
+    tokens.add((row.model, "cached"), row.cached_tokens)
+    tokens.add((row.model, "completion"), row.completion_tokens)
+    tokens.add((row.model, "reasoning"), row.reasoning_tokens)
+    if row.cost_picos is not None:
+        core.metrics.cost_usd.add((row.model,), row.cost_picos / PICOS_PER_USD)
 
 
 def _line(ctx: Context, method: str, reason: Reason, ended_at: float) -> RequestLine:
@@ -98,7 +118,7 @@ def _line(ctx: Context, method: str, reason: Reason, ended_at: float) -> Request
         prompt_tokens=None if ctx.usage is None else ctx.usage.prompt_tokens,
         completion_tokens=None if ctx.usage is None else ctx.usage.completion_tokens,
         usage_source=None if ctx.usage is None else ctx.usage.source,
-        cost_usd=None,
+        cost_usd=None if ctx.cost_picos is None else format_usd(usd(ctx.cost_picos)),
         client_ip=ctx.client_ip,
         error=ctx.error_code,
     )

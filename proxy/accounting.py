@@ -1,0 +1,107 @@
+"""What one request takes at the door because of its cost, and its one settlement.
+
+Tokens and dollars are reserved by what the request may cost at most, and corrected by what it did cost. The
+settlement happens once, however the request ended; the ledger's row is made from its result.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from proxy import budgets, pricing
+from proxy.admission import Reservation
+from proxy.errors import HeadraceError, Reason
+from proxy.ledger_row import RANDOM_BYTES, Row, row_id, storable
+from proxy.usage import UNKNOWN, Source, Usage
+
+if TYPE_CHECKING:
+    from proxy.admission import Admission
+    from proxy.context import Context
+    from proxy.schema import Model, Plan
+    from proxy.state import Spend
+
+#: An upstream that refuses has used nothing; nobody has said so, though.
+_NOTHING = Usage(source=Source.ESTIMATED)
+
+
+class Bill(msgspec.Struct):
+    """What was reserved."""
+
+    tokens: Reservation
+    spends: Sequence[Spend] = ()
+
+
+async def open_bill(
+    admission: Admission, ctx: Context, plan: Plan | None, entry: Model | None, output: int
+) -> Bill:
+    """output: tokens that the answer may have at most. Raises LimitExceeded, TokensLimited, BudgetExceeded:
+    then nothing is held."""
+    if entry is None or ctx.model is None:
+        return Bill(Reservation())
+    await admission.take_model_request(ctx.model, entry)
+    held = await admission.reserve_tokens(ctx, plan, (ctx.model, entry), ctx.asked_tokens + output)
+    try:
+        return Bill(held, await _reserve_dollars(admission, ctx, plan, entry, output))
+    except HeadraceError:
+        await admission.settle(held, 0)
+        raise
+
+
+async def _reserve_dollars(
+    admission: Admission, ctx: Context, plan: Plan | None, entry: Model, output: int
+) -> Sequence[Spend]:
+    if plan is None or ctx.principal is None:
+        return ()
+    most = Usage(ctx.asked_tokens, 0, output, 0, Source.ESTIMATED)
+    nanos = pricing.cost_nanos(most, entry.price) or 0
+    wanted = budgets.spends(ctx.principal, plan, nanos, time.time())
+    return await admission.spend(wanted) if wanted else ()
+
+
+async def settle(admission: Admission, ctx: Context, bill: Bill, entry: Model | None) -> None:
+    """Gives back what was reserved and not used. `entry`: the model that answered."""
+    used = ctx.used_tokens()
+    await admission.settle(bill.tokens, used)
+    if ctx.usage is None:
+        ctx.usage = _NOTHING if used == 0 and ctx.committed else UNKNOWN
+    if entry is not None:
+        ctx.cost_picos = pricing.cost_picos(ctx.usage, entry.price)
+        ctx.list_cost_picos = pricing.cost_picos(ctx.usage, entry.list_price)
+    if bill.spends:
+        nanos = 0 if used == 0 else pricing.cost_nanos(ctx.usage, None if entry is None else entry.price)
+        if nanos is not None:
+            await admission.settle_spend(bill.spends, nanos)
+
+
+def row_of(ctx: Context, reason: Reason, wall_now: float, duration_s: float) -> Row:
+    """The ledger's row of a request that has just ended."""
+    principal, usage = ctx.principal, ctx.usage or UNKNOWN
+    started_at = wall_now - duration_s
+    return Row(
+        id=row_id(started_at, os.urandom(RANDOM_BYTES)),
+        started_at=started_at,
+        ended_at=wall_now,
+        request_id=ctx.request_id,
+        key_id="" if principal is None else principal.key_id,
+        caller="" if principal is None else principal.name,
+        plan="" if principal is None else principal.plan,
+        route=ctx.route,
+        model=ctx.model or "none",
+        upstream=ctx.upstream or "none",
+        status=ctx.status,
+        reason=reason.value,
+        attempts=ctx.attempts,
+        stream=ctx.streaming,
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        usage_source=usage.source.value,
+        cost_picos=storable(ctx.cost_picos),
+        list_cost_picos=storable(ctx.list_cost_picos),
+    )
