@@ -234,9 +234,27 @@ async def test_a_refused_connection_is_tried_later(push: bool) -> None:
             await until(lambda: len(names.asked) == 1)
             await until(lambda: monotonic() > began + 0.9)
             assert len(names.asked) == 1
+            await until(lambda: monotonic() > began + 2.8)
+            assert len(names.asked) == 2
             names.answers["up.test"] = ["127.0.0.1"]
             await filled(up, 2)
-            assert monotonic() - began >= 1.0
+            assert monotonic() - began >= 2.9
+    finally:
+        await door.close()
+
+
+@ways
+async def test_one_that_hangs_is_given_up(push: bool) -> None:
+    """A handshake ahead has timeouts.connect like any other; then it is tried again."""
+    door = Door()
+    port = await door.listen()
+    try:
+        async with upstream(
+            f"https://127.0.0.1:{port}", push=push, timeouts={"connect": 0.2}, pool={"min_idle": 1}
+        ) as up:
+            up.start()
+            await until(lambda: door.accepted == 2)
+            assert door.at_once == 1
     finally:
         await door.close()
 
@@ -250,6 +268,19 @@ async def test_an_upstream_that_wants_no_idle_connections(push: bool) -> None:
         began = monotonic()
         await until(lambda: monotonic() > began + 2.0)
         assert 3 <= door.accepted <= 6  # at 0 s, and about 1.5 s later
+
+
+@ways
+async def test_a_farewell_to_a_ready_connection(push: bool) -> None:
+    """Apache and HAProxy say 408 to whoever only stands there: that is no answer to the next request."""
+    async with behind_a_door(push, pool={"min_idle": 1}) as (door, up):
+        up.start()
+        await filled(up, 1)
+        before = ports_of(up)
+        await until(lambda: len(door.inside) == 1)
+        door.inside[0].write(response(408, b"too late"))
+        await until(lambda: not before & ports_of(up))
+        assert await ask(up) == (200, b"{}")
 
 
 @ways
@@ -332,7 +363,8 @@ async def test_no_address(push: bool, fault: str) -> None:
         names.before = None
         with pytest.raises(UpstreamConnectFailed):
             await ask(up)
-        assert len(names.asked) == 1 + (fault == "nxdomain")  # a failure is not remembered
+        # A failure is not remembered; a lookup that hangs is one, however many wait for it.
+        assert len(names.asked) == 1 + (fault == "nxdomain")
 
 
 @ways
