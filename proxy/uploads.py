@@ -200,8 +200,12 @@ class _Incoming:
             self.waiting = False
 
     def watch(self) -> None:
-        if not self.finished and self._request.transport is not None:
+        if self.finished or self._request.transport is None:
+            return
+        try:
             self._gone = _Hangup(self._request.transport)
+        except OSError:
+            pass  # no descriptor left for it: the caller is served all the same
 
     def _unwatch(self) -> None:
         if self._gone is not None:

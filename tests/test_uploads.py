@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import ssl
 import struct
 import termios
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -23,7 +24,7 @@ from proxy.form import WINDOW_BYTES
 from proxy.upstream import Upstream
 from tests.kit.callers import Caller
 from tests.kit.headrace import until
-from tests.kit.lab import response
+from tests.kit.lab import authority, response, server_context
 from tests.kit.uploads import BOUNDARY, Door, Receipt, chunked, door, form, head, part, receiving
 
 pytestmark = pytest.mark.timeout(30)
@@ -702,6 +703,67 @@ async def test_an_answer_that_grows_with_the_body(push: bool) -> None:
             answer = await caller.ask(head(len(body)) + body)
             assert (answer.status, answer.body) == (200, body)
         assert upstream.calls[0].whole
+
+
+# ── over TLS ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def connect(port: int) -> Caller:
+    """A caller that believes the tests' authority."""
+    context = ssl.create_default_context()
+    authority().configure_trust(context)
+    return Caller(*await asyncio.open_connection("localhost", port, ssl=context))
+
+
+@both
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_tls_on_both_sides(push: bool, framing: str) -> None:
+    """Whole, and answered early, as without."""
+    refusing = asyncio.Event()
+
+    async def script(call: Receipt) -> None:
+        if refusing.is_set():
+            await call.send(response(413, b"too large"))
+            await call.watch()
+        else:
+            await takes_all(call)
+
+    body = form(3_000_000)
+    raw = head(len(body)) + body if framing == "length" else head(None) + chunked(body)
+    with authority().cert_pem.tempfile() as ca_file:
+        async with (
+            receiving(script, tls=server_context()) as upstream,
+            door(upstream.url, push=push, upstream={"ca_file": ca_file}, tls=server_context()) as it,
+        ):
+            async with await connect(it.port) as caller:
+                assert (await caller.ask(raw)).status == 200
+            assert upstream.calls[0].body == body
+            refusing.set()
+            async with await connect(it.port) as caller:
+                await caller.send(raw[:200_000])
+                answer = await caller.rest(await caller.head())
+                assert (answer.status, answer.body) == (413, b"too large")
+            await until(lambda: quiet(it))
+            async with asyncio.timeout(WITHIN_S):
+                await upstream.calls[1].gone.wait()
+
+
+@both
+async def test_leaving_over_tls_while_it_is_held_back(push: bool) -> None:
+    stubborn = Stubborn()
+    async with (
+        receiving(stubborn) as upstream,
+        door(upstream.url, push=push, tls=server_context()) as it,
+        await connect(it.port) as caller,
+    ):
+        await caller.send(head(MUCH) + form(WINDOW_BYTES)[:-50])
+        await until(lambda: bool(it.uploads))
+        await paused(it, caller)
+        await until(lambda: unsent(caller) == 0)
+        caller.reset()
+        await until(lambda: quiet(it), WITHIN_S)
+        assert it.cancelled == 1
+        await was_cut(upstream.calls[0], stubborn, push=push)
 
 
 # ── more than one upstream ───────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ uploads to one upstream without anything in between."""
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from time import monotonic
@@ -137,7 +138,7 @@ class Receiver:
 
 
 @asynccontextmanager
-async def receiving(script: Script) -> AsyncIterator[Receiver]:
+async def receiving(script: Script, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Receiver]:
     """Runs the script's server; a failure inside the script fails the test."""
     receiver = Receiver()
     tasks: set[asyncio.Task[None]] = set()
@@ -147,8 +148,9 @@ async def receiving(script: Script) -> AsyncIterator[Receiver]:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    server = await asyncio.start_server(accepted, "127.0.0.1", 0)
-    receiver.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    server = await asyncio.start_server(accepted, "127.0.0.1", 0, ssl=tls)
+    place = "https://localhost" if tls else "http://127.0.0.1"
+    receiver.url = f"{place}:{server.sockets[0].getsockname()[1]}/v1"
     try:
         yield receiver
     finally:
@@ -239,7 +241,12 @@ class Door:
 
 @asynccontextmanager
 async def door(
-    *urls: str, push: bool, model: str | None = None, upstream: dict[str, Any] | None = None, **sections: Any
+    *urls: str,
+    push: bool,
+    model: str | None = None,
+    upstream: dict[str, Any] | None = None,
+    tls: ssl.SSLContext | None = None,
+    **sections: Any,
 ) -> AsyncIterator[Door]:
     """A listener in front of these upstreams."""
     document = settings_for(urls[0], upstream=upstream or {}, **sections)
@@ -263,7 +270,7 @@ async def door(
         stack.push_async_callback(it.close)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
         it.port = runner.addresses[0][1]
         yield it
