@@ -44,6 +44,7 @@ resources
     session     the same exchange through aiohttp's public client
     upstream    an upstream: address, credential, pool
     state/ errors, table, memory, lua, link, redis, guarded
+    sqlitefile  SQLite databases as files
     keystore/ base, sqlite, redis
     keys        the keys a process knows, and the pepper
     jwks        an identity service's public keys

@@ -7,12 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 
 from proxy.errors import StartError
-from proxy.slots import WaitingRoom
 from proxy.workers import START_S, RemoteWorker
 
 #: A worker whose loop has not spoken for this long hangs and is replaced (it speaks every second).
@@ -26,8 +25,9 @@ _HEALTHY_S = 30.0
 class Keeper:
     """Worker `number`.
 
-    inherits: the descriptors of the data listener and of the counters. `greet` sends a new process its
-    settings; `joined` and `left` tell when it serves and when it no longer does.
+    inherits: the descriptors of the data listener and of the counters. `connect` opens the channel to a new
+    process, `greet` sends it its settings; `joined` and `left` tell when it serves and when it no longer
+    does.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Keeper:
         greet: Callable[[RemoteWorker], None],
         joined: Callable[[RemoteWorker], None],
         left: Callable[[RemoteWorker], None],
-        room: WaitingRoom,
+        connect: Callable[[RemoteWorker, socket.socket], Awaitable[None]],
     ) -> None:
         self.number = number
         self.serving: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -45,7 +45,7 @@ class Keeper:
         self._greet = greet
         self._joined = joined
         self._left = left
-        self._room = room
+        self._connect = connect
         self._stopping = False
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -87,7 +87,7 @@ class Keeper:
                 stdin=subprocess.DEVNULL,
             )
         worker = RemoteWorker(process.pid, self.number)
-        await worker.connect(ours, self._room)
+        await self._connect(worker, ours)
         self._greet(worker)
         return worker, process
 

@@ -66,6 +66,10 @@ class RowSink(Protocol):
     """Where rows go: the ledger itself, or a worker's way to it."""
 
     @property
+    def added(self) -> int:
+        """Rows that were handed over, dropped ones included."""
+
+    @property
     def pending(self) -> int:
         """Rows that are not yet safe."""
 

@@ -16,6 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
+from proxy.ledger_row import RowSink
+
 Labels = tuple[str, ...]
 #: The metrics of a process as plain data: attribute -> (labels, value), a histogram's value is its row.
 Snapshot = dict[str, list[tuple[Labels, float | list[float]]]]
@@ -188,6 +190,10 @@ class Metrics:
             "queue_wait_seconds", "Waiting for a slot, of requests that had to.", ("plan",), _FIRST
         )
         self.state_store_up = Least("state_store_up", "1 while the store of limits answers.")
+        self.ledger_rows = Counter("ledger_rows_total", "Rows handed to the ledger.")
+        self.ledger_pending = Gauge("ledger_pending", "Rows of the ledger that are not yet in its file.")
+        self.ledger_dropped = Counter("ledger_dropped_total", "Rows that the ledger lost.")
+        self.start_time = Least("start_time_seconds", "When these counters began, seconds since the epoch.")
         self.event_loop_lag = Histogram(
             "event_loop_lag_seconds", "How late a timer of the event loop fired.", (), _OVERHEAD
         )
@@ -202,15 +208,25 @@ class Metrics:
         # Series without labels exist from the start: a rate over a missing series is no rate.
         for metric in (self.response_bytes, self.heartbeats, self.log_dropped, self.workers_replaced):
             metric.add((), 0)
+        for metric in (self.ledger_rows, self.ledger_pending, self.ledger_dropped):
+            metric.add((), 0)
+
+    def show_ledger(self, ledger: RowSink) -> None:
+        """The figures of the way that rows take from here."""
+        self.ledger_rows.values[()] = ledger.added
+        self.ledger_pending.values[()] = ledger.pending
+        self.ledger_dropped.values[()] = ledger.dropped
 
     def snapshot(self) -> Snapshot:
         """Everything as plain data, for another process."""
         return {name: list(metric.values.items()) for name, metric in self._all() if metric.values}
 
     def absorb(self, snapshot: Snapshot, *, levels: bool) -> None:
-        """Adds another process's figures; without `levels` (it is gone) only what never goes down."""
+        """Adds another process's figures; without `levels` (it is gone) only what never goes down, and since
+        when it counted."""
         for name, metric in self._all():
-            if isinstance(metric, Gauge) and not (levels and metric is not self.build_info):
+            passing = isinstance(metric, Gauge) and metric is not self.start_time
+            if passing and not (levels and metric is not self.build_info):
                 continue
             for labels, value in snapshot.get(name, ()):
                 metric.absorb(labels, value)

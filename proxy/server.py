@@ -26,6 +26,7 @@ from proxy.core import Core
 from proxy.downstream import LINGER_S, Limits, Runner
 from proxy.errors import HeadraceError, Reason, StartError
 from proxy.intake import no_expectation
+from proxy.ledger_row import RowSink
 from proxy.listen import BACKLOG
 from proxy.log import RequestLog, Sink, refusal_line
 from proxy.metrics import Metrics, Snapshot
@@ -53,7 +54,14 @@ class Server:
     """One process that serves. `settings` may be replaced while it runs (`prepare`, `commit`)."""
 
     def __init__(
-        self, settings: config.Config, sink: Sink, request_log: RequestLog, owner: Owner, *, push: bool
+        self,
+        settings: config.Config,
+        sink: Sink,
+        request_log: RequestLog,
+        owner: Owner,
+        *,
+        push: bool,
+        ledger: RowSink,
     ) -> None:
         self._sink = sink
         self._owner = owner
@@ -68,6 +76,7 @@ class Server:
         self._accepting: asyncio.Server | None = None
         self.metrics = Metrics(__version__)
         self.core = Core(settings, {}, self.metrics, request_log, time.time())
+        self.core.ledger = ledger
 
     # ── start ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -191,6 +200,7 @@ class Server:
         metrics = self.metrics
         self._show_upstreams()
         metrics.log_dropped.values[()] = self._sink.dropped
+        metrics.show_ledger(self.core.ledger)
         if self._room is not None:
             show_depths(metrics, self.core.config, self._room.depths())
         return metrics.snapshot()
@@ -217,7 +227,7 @@ class Server:
             "buffered_bytes": self.core.bodies.held,
             "upstream_connections": sum(used for used, _ in counts),
             "upstream_idle": sum(idle for _, idle in counts),
-            "ledger_pending": 0,
+            "ledger_pending": self.core.ledger.pending,
             "tasks": len(asyncio.all_tasks()),
             "fds": open_files(),
             "workers": 1,
@@ -298,6 +308,9 @@ class Server:
         them visibly."""
         self.core.draining = True
         structlog.get_logger().info("draining", in_flight=len(self.core.running))
+        for ctx in self.core.running:
+            if ctx.left_at is not None:
+                ctx.stop(Reason.DRAINED)  # a shutdown waits for callers, not for their usage
         if self._accepting is not None:
             self._accepting.close()
         if self._runner is not None and self._runner.listener is not None:

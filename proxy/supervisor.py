@@ -15,6 +15,7 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -29,11 +30,13 @@ from proxy.downstream import Limits, Runner
 from proxy.errors import OperationError, StartError
 from proxy.handover import Heir, Inheritance, inherited, take_over
 from proxy.keeper import Keeper
+from proxy.ledger import Ledger
 from proxy.log import RequestLog, Sink
 from proxy.metrics import Metrics, Snapshot
 from proxy.server import Server, show_depths
 from proxy.shared import Shared
 from proxy.slots import WaitingRoom
+from proxy.sqlitefile import path_of
 from proxy.stores import Stores
 from proxy.tasks import spawn
 from proxy.workers import LocalWorker, RemoteWorker, Worker, encode_settings
@@ -71,6 +74,8 @@ class Front:
         self._request_log = request_log
         self._push = push
         self._metrics = Metrics(__version__)  # the front's own, and what the dead have counted
+        self._metrics.start_time.set((), time.time())
+        self._ledger = Ledger(path_of(settings.ledger.database), settings.ledger.keep_days)
         self._crew = Crew()
         self._heir = Heir(_AsWorker(self), self._leave_admin)
         self._shared: Shared | None = None
@@ -96,6 +101,7 @@ class Front:
         inheritance = inherited(self._environ)
         self._take_sockets(inheritance)
         app = self._admin_app()
+        await self._ledger.start()
         await self._start_workers()
         assert self._admin_socket is not None
         if inheritance is not None:  # first: one page without the elder's figures would be too many
@@ -131,14 +137,21 @@ class Front:
         assert self._shared is not None
         if self.settings.worker_count == 1:
             owner = self._shared.owner(0)
-            server = Server(self.settings, self._sink, self._request_log, owner, push=self._push)
+            server = Server(
+                self.settings,
+                self._sink,
+                self._request_log,
+                owner,
+                push=self._push,
+                ledger=self._ledger,
+            )
             self._crew.workers.append(LocalWorker(server))
             await server.start(self._listener)
             return
         self._room = self._open_room()
         for number in range(self.settings.worker_count):
             inherits = (self._listener.fileno(), self._shared.fd)
-            keeper = Keeper(number, inherits, self._greet, self._joined, self._left, self._room)
+            keeper = Keeper(number, inherits, self._greet, self._joined, self._left, self._connect)
             self._keepers.append(keeper)
             spawn(keeper.run(), f"keep worker {number}")
         await asyncio.gather(*(keeper.serving for keeper in self._keepers))
@@ -156,6 +169,9 @@ class Front:
             remote=stores.remote,
             waited=lambda plan, seconds: metrics.queue_wait.observe((plan,), seconds),
         )
+
+    async def _connect(self, worker: RemoteWorker, sock: socket.socket) -> None:
+        await worker.connect(sock, self._room, self._ledger)
 
     def _greet(self, worker: RemoteWorker) -> None:
         assert worker.channel is not None
@@ -205,13 +221,18 @@ class Front:
         return not self.draining and bool(self._crew.workers)
 
     async def state(self) -> dict[str, Any]:
-        return {**await self._crew.state(), "draining": self.draining}
+        state = await self._crew.state()
+        if self._room is not None:  # the workers' rows come here; with one worker it is its own ledger
+            state["ledger_pending"] = state.get("ledger_pending", 0) + self._ledger.pending
+        return {**state, "draining": self.draining}
 
     async def page(self) -> Metrics:
         """The metrics of all workers, living and dead."""
         total = Metrics(__version__)
         if self._room is not None:
             show_depths(self._metrics, self.settings, self._room.depths())
+            total.ledger_pending.add((), self._ledger.pending)
+            total.ledger_dropped.add((), self._ledger.dropped)
         total.absorb(self._metrics.snapshot(), levels=True)
         for snapshot in await self._crew.snapshots():
             total.absorb(snapshot, levels=True)
@@ -255,6 +276,7 @@ class Front:
             self._room.max_waiting, self._room.max_wait_s = queue.max_waiting, queue.max_wait
         self.settings = settings  # a worker that dies now comes back with the new one
         self._drain_s = settings.drain
+        self._ledger.keep_days = settings.ledger.keep_days
         for worker in workers:
             try:
                 await worker.commit()
@@ -263,7 +285,7 @@ class Front:
 
     def _check_fixed(self, settings: config.Config) -> None:
         """Raises ConfigError for a change that only a restart can make."""
-        for section, names in (("", _FIXED), ("limits", _FIXED_LIMITS)):
+        for section, names in (("", _FIXED), ("limits", _FIXED_LIMITS), ("ledger", ("database",))):
             new, old = (getattr(each, section) if section else each for each in (settings, self.settings))
             for name in names:
                 if getattr(new, name) != getattr(old, name):
@@ -355,6 +377,7 @@ class Front:
             await worker.close()
         for keeper in self._keepers:
             keeper.terminate()
+        await self._ledger.close()  # the workers have handed over what they had
         if self._admin_runner is not None:
             await self._admin_runner.cleanup()
         if self._room is not None:

@@ -12,10 +12,12 @@ import msgspec
 from proxy import config, log
 from proxy.control import Channel
 from proxy.errors import StartError
+from proxy.ledger_link import LedgerLink
 from proxy.permit import Direct
 from proxy.server import Server
 from proxy.shared import Owner
 from proxy.slots_remote import RemoteRoom
+from proxy.sqlitefile import path_of
 from proxy.stores import Stores
 from proxy.tasks import spawn
 from proxy.workers import LocalWorker, answer_worker_verb
@@ -52,7 +54,8 @@ class WorkerProcess:
         sink, request_log = log.configure(
             path=settings.log.file, level=settings.log.level, text=settings.log.format == "text"
         )
-        server = Server(settings, sink, request_log, Owner(counters, owner), push=push)
+        ledger = LedgerLink(channel, path_of(settings.ledger.database))
+        server = Server(settings, sink, request_log, Owner(counters, owner), push=push, ledger=ledger)
         self._local = local = LocalWorker(server)
         try:
             await server.start(listener, lambda stores: self._make_room(channel, stores, settings))
@@ -67,6 +70,7 @@ class WorkerProcess:
         speaking.cancel()
         channel.note("figures", msgspec.msgpack.encode(server.snapshot()))
         await server.close()
+        await ledger.close()
         sink.attach(None)
         sink.close()
         channel.close()

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import msgspec
 
-from proxy import config
+from proxy import config, ledger_link
 from proxy.control import Channel, ControlError
 from proxy.errors import StartError
+from proxy.ledger_row import RowSink
 from proxy.metrics import Snapshot
 from proxy.server import Server
 from proxy.slots import WaitingRoom
@@ -96,13 +97,19 @@ class RemoteWorker:
         self.settings: config.Config | None = None  # what it was started with
         self.channel: Channel | None = None
         self._door: Door | None = None
+        self._ledger: RowSink | None = None
 
-    async def connect(self, sock: socket.socket, room: WaitingRoom | None = None) -> None:
-        """room: where its requests wait for slots."""
-        self.channel = await Channel.open(sock, self._refuse, self._heard)
+    async def connect(
+        self, sock: socket.socket, room: WaitingRoom | None = None, ledger: RowSink | None = None
+    ) -> None:
+        """room: where its requests wait for slots. ledger: where its rows go."""
+        self._ledger = ledger
+        self.channel = await Channel.open(sock, self._answer, self._heard)
         self._door = None if room is None else Door(self.channel, room)
 
-    async def _refuse(self, verb: str, _: Any) -> Any:
+    async def _answer(self, verb: str, payload: Any) -> Any:
+        if verb == ledger_link.LEDGER and self._ledger is not None:
+            return ledger_link.take(self._ledger, payload)
         raise ControlError(f"unknown verb {verb!r}")
 
     def _heard(self, verb: str, payload: Any) -> None:

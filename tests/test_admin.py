@@ -46,6 +46,12 @@ METRICS = {
     "headrace_state_store_up": ("gauge", set()),
     "headrace_heartbeats": ("counter", set()),
     "headrace_client_disconnects": ("counter", {"phase"}),
+    "headrace_tokens": ("counter", {"model", "type"}),
+    "headrace_cost_usd": ("counter", {"model"}),
+    "headrace_ledger_rows": ("counter", set()),
+    "headrace_ledger_pending": ("gauge", set()),
+    "headrace_ledger_dropped": ("counter", set()),
+    "headrace_start_time_seconds": ("gauge", set()),
     "headrace_event_loop_lag_seconds": ("histogram", set()),
     "headrace_build_info": ("gauge", {"version"}),
     "headrace_log_lines_dropped": ("counter", set()),
@@ -143,7 +149,8 @@ async def some_traffic(headrace: Headrace) -> None:
 async def test_names_kinds_and_labels() -> None:
     """The page is valid, and each family is one of the contract's, with exactly its labels."""
     one_place = {"max_in_flight": 1, "queue": {"max_wait": 0.05}}
-    async with running(settings_for("mock:", limits=one_place)) as headrace:
+    models = {"m": {"upstreams": ["up"], "price": {"input": 2, "output": 32}}}
+    async with running(settings_for("mock:", limits=one_place, models=models)) as headrace:
         await some_traffic(headrace)
         caller = await Caller.connect(headrace.port)
         await caller.send(chat("x-mock: hang"))

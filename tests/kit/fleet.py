@@ -54,7 +54,8 @@ def descriptors(pid: int) -> int:
 
 
 def write(file: Path, settings: Mapping[str, Any]) -> None:
-    """In one step, as an editor does: nobody ever reads half a file."""
+    """In one step, as an editor does: nobody ever reads half a file. The ledger lies beside it."""
+    settings = {"ledger": {"database": f"sqlite:{file.parent}/headrace.db"}, **settings}
     fresh = file.with_suffix(".new")
     fresh.write_text(yaml.safe_dump(dict(settings)))
     fresh.replace(file)

@@ -7,7 +7,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,19 @@ def settings_for(upstream_url: str, **sections: Any) -> dict[str, Any]:
 async def running(
     settings: Mapping[str, Any], *, push: bool = True, environ: Mapping[str, str] | None = None
 ) -> AsyncIterator[Headrace]:
-    """Starts a Headrace in this process and stops it; fails if it leaves anything behind."""
-    parsed = config.parse(yaml.safe_dump(dict(settings)), "test.yaml", environ or {})
+    """Starts a Headrace in this process and stops it; fails if it leaves anything behind. Its ledger ends
+    with it, unless the settings name one."""
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = {"ledger": {"database": f"sqlite:{folder}/headrace.db"}}
+        async with _running({**ledger, **settings}, push, environ or {}) as headrace:
+            yield headrace
+
+
+@asynccontextmanager
+async def _running(
+    settings: Mapping[str, Any], push: bool, environ: Mapping[str, str]
+) -> AsyncIterator[Headrace]:
+    parsed = config.parse(yaml.safe_dump(dict(settings)), "test.yaml", environ)
     _, _ = log.configure(path=None, level="info", text=False)
     sink = ListSink()
     request_log = log.RequestLog(sink, text=False, enabled=True)
@@ -211,20 +223,29 @@ class Command:
 async def command(
     *words: str,
     environ: Mapping[str, str] | None = None,
-    cwd: Path = ROOT,
+    cwd: Path | None = None,
     before: str = "",
     stdout: int = asyncio.subprocess.PIPE,
 ) -> AsyncIterator[Command]:
     """Runs `python -m proxy WORDS`; killed at the end if it still runs.
 
     `before`: shell words that set up the process (`ulimit -n 64`). `stdout`: a descriptor that the test reads
-    by itself, or does not.
+    by itself, or does not. `cwd`: left out, an empty folder of its own, where a ledger may be made.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        async with _command(words, environ or {}, cwd or Path(folder), before, stdout) as running_command:
+            yield running_command
+
+
+@asynccontextmanager
+async def _command(
+    words: Sequence[str], environ: Mapping[str, str], cwd: Path, before: str, stdout: int
+) -> AsyncIterator[Command]:
     run = [sys.executable, "-m", "proxy", *words]
     process = await asyncio.create_subprocess_exec(
         *(["bash", "-c", f'{before}; exec "$@"', "bash", *run] if before else run),
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(environ or {})},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
         stdout=stdout,
         stderr=asyncio.subprocess.PIPE,
     )
