@@ -51,6 +51,10 @@ resources
     authenticator  from a credential to its Principal
     shared      the memory that all processes count in, and who owns what in it
     stores      the stores of limits, as one process uses them
+    ledger_file  the ledger's table, for the one that writes it
+    ledger_read  questions to ledger files
+    ledger      one row a request, written by one thread
+    ledger_link  a worker's way to the ledger
 data path
     targets     a model's upstreams, ready to be chosen
     permit      slots a request holds; taken at once, or not at all
