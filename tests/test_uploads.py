@@ -343,6 +343,7 @@ async def test_an_upstream_that_takes_nothing(push: bool) -> None:
         filling = asyncio.ensure_future(fill(caller))
         answer = await caller.rest(await caller.head())
         assert (answer.status, answer.body) == (504, b"upstream_timeout")
+        await until(lambda: bool(upstream.calls))
         filling.cancel()
         await asyncio.gather(filling, return_exceptions=True)
         await until(lambda: quiet(it))
@@ -505,7 +506,7 @@ async def test_leaving_while_it_is_held_back(push: bool, leave: Leave) -> None:
     async with receiving(stubborn) as upstream, door(upstream.url, push=push) as it:
         async with await Caller.connect(it.port) as caller:
             await caller.send(head(MUCH) + form(WINDOW_BYTES)[:-50])
-            await until(lambda: bool(it.uploads))
+            await until(lambda: bool(it.uploads and upstream.calls))
             transport = await paused(it, caller)
             # Nothing of it may be left in the caller's kernel: a FIN behind bytes that we have no room for
             # is not sent.
@@ -757,7 +758,7 @@ async def test_leaving_over_tls_while_it_is_held_back(push: bool) -> None:
         await connect(it.port) as caller,
     ):
         await caller.send(head(MUCH) + form(WINDOW_BYTES)[:-50])
-        await until(lambda: bool(it.uploads))
+        await until(lambda: bool(it.uploads and upstream.calls))
         await paused(it, caller)
         await until(lambda: unsent(caller) == 0)
         caller.reset()
