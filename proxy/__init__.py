@@ -56,6 +56,7 @@ resources
     ledger      one row a request, written by one thread
     ledger_link  a worker's way to the ledger
 data path
+    budgets     what may be spent: dollars a day and a month
     targets     a model's upstreams, ready to be chosen
     permit      slots a request holds; taken at once, or not at all
     slots       the waiting room: who finds no slot waits there
@@ -63,13 +64,14 @@ data path
     context     what one request knows about itself
     seat        the shared slots of one request, over failovers and hedges
     admission   what a caller may use: rates, tokens, dollars, slots
-    budgets     what may be spent: dollars a day and a month
     accounting  what a request reserves because of its cost, and its one settlement
     core        what all requests of a process share
     intake      the body: whole, bounded, timed
     uploads     the body of an upload: no faster than the upstream takes it
     pipe        bytes from upstream to caller
     reshape     answers that are changed on their way
+    tap         what an answer used, heard on its way
+    drain_usage the rest of an answer, read for its usage after the caller has left
     attempt     one try at one upstream
     deliver     the answer on its way to the caller: head, bytes, end
     forward     the attempts of one request: whom, again, how long to wait

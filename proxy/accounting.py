@@ -6,6 +6,7 @@ settlement happens once, however the request ended; the ledger's row is made fro
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Sequence
@@ -16,17 +17,24 @@ import msgspec
 from proxy import budgets, pricing
 from proxy.admission import Reservation
 from proxy.errors import HeadraceError, Reason
+from proxy.ledger_read import spending
 from proxy.ledger_row import RANDOM_BYTES, Row, row_id, storable
 from proxy.usage import UNKNOWN, Source, Usage
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from proxy.admission import Admission
     from proxy.context import Context
     from proxy.schema import Model, Plan
-    from proxy.state import Spend
+    from proxy.state import Spend, State
 
 #: An upstream that refuses has used nothing; nobody has said so, though.
 _NOTHING = Usage(source=Source.ESTIMATED)
+
+
+#: Before the first byte of an answer.
+_ENDED_BY_UPSTREAM = (Reason.UPSTREAM_ERROR, Reason.UPSTREAM_CUT)
 
 
 class Bill(msgspec.Struct):
@@ -63,19 +71,47 @@ async def _reserve_dollars(
     return await admission.spend(wanted) if wanted else ()
 
 
-async def settle(admission: Admission, ctx: Context, bill: Bill, entry: Model | None) -> None:
-    """Gives back what was reserved and not used. `entry`: the model that answered."""
-    used = ctx.used_tokens()
-    await admission.settle(bill.tokens, used)
+async def settle(
+    admission: Admission, ctx: Context, bill: Bill, entry: Model | None, error: BaseException | None
+) -> None:
+    """Gives back what was reserved and not used. `entry`: the model that answered; `error`: what ended it."""
+    await admission.settle(bill.tokens, ctx.used_tokens())
     if ctx.usage is None:
-        ctx.usage = _NOTHING if used == 0 and ctx.committed else UNKNOWN
+        ctx.usage = _NOTHING if _used_nothing(ctx, error) else UNKNOWN
     if entry is not None:
         ctx.cost_picos = pricing.cost_picos(ctx.usage, entry.price)
         ctx.list_cost_picos = pricing.cost_picos(ctx.usage, entry.list_price)
     if bill.spends:
-        nanos = 0 if used == 0 else pricing.cost_nanos(ctx.usage, None if entry is None else entry.price)
-        if nanos is not None:
+        nanos = (
+            0
+            if _used_nothing(ctx, error)
+            else pricing.cost_nanos(ctx.usage, None if entry is None else entry.price)
+        )
+        if nanos is not None:  # else nobody knows, and what was reserved stays spent: never overdrawn
             await admission.settle_spend(bill.spends, nanos)
+
+
+def _used_nothing(ctx: Context, error: BaseException | None) -> bool:
+    """Certainly: the upstream refused, broke off before its answer, or never heard of it. Where the caller
+    or we have ended it, the upstream may have gone on and billed."""
+    if not ctx.reached_upstream:
+        return True
+    if ctx.committed:
+        return ctx.status >= 400
+    reason = error.reason if isinstance(error, HeadraceError) else ctx.reason
+    return reason in _ENDED_BY_UPSTREAM
+
+
+async def rebuild(counters: State, ledger: Path, wall_now: float) -> None:
+    """What the ledger knows of this day and month, into budgets that have just been made. Raises
+    LedgerFailed."""
+    day, month = budgets.begins_of(wall_now)
+    known = await asyncio.to_thread(spending, ledger, day, month)
+    for each in known:
+        amounts = (pricing.nanos(each.day_picos), pricing.nanos(each.month_picos))
+        spends = list(budgets.rebuilt(each.caller, each.plan, *amounts, wall_now))
+        if spends:
+            await counters.settle_spend(spends, wall_now)
 
 
 def row_of(ctx: Context, reason: Reason, wall_now: float, duration_s: float) -> Row:

@@ -35,7 +35,7 @@ def begins_of(wall_now: float) -> tuple[float, float]:
 def spends(principal: Principal, plan: Plan, nanos: int, wall_now: float) -> list[Spend]:
     """What a request that may cost this much takes from each of its caller's budgets; empty: it has none."""
     limits = _limits(principal, plan)
-    if not any(limits):
+    if all(limit is None for limit in limits):
         return []
     ends = ends_of(wall_now)
     named = zip(_names(principal.name, principal.plan), limits, (*ends, *ends), strict=True)

@@ -29,7 +29,12 @@ def cost_usd(usage: Usage, price: Price | None) -> Decimal | None:
 def cost_nanos(usage: Usage, price: Price | None) -> int | None:
     """Nanodollars (1e-9 USD), rounded up: a budget may end a billionth early, it is never overdrawn."""
     picos = cost_picos(usage, price)
-    return None if picos is None else -(-picos // PICOS_PER_NANO)
+    return None if picos is None else nanos(picos)
+
+
+def nanos(picos: int) -> int:
+    """Rounded up."""
+    return -(-picos // PICOS_PER_NANO)
 
 
 def cost_picos(usage: Usage, price: Price | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -24,7 +25,7 @@ from proxy.errors import (
 from proxy.forward import Forwarding, nobody_available
 from proxy.intake import HeldBody
 from proxy.peek import Peek, peek
-from proxy.reshape import Reshape
+from proxy.reshape import Reshape, with_usage
 from proxy.routing import Turns
 from proxy.seat import Manner
 from proxy.uploads import Upload, open_upload
@@ -89,6 +90,8 @@ async def forward_body(
         ctx.asked_tokens = tokens.estimate_prompt(body)
         output_tokens = _most_output(entry, asked)
         manner = Manner.LOW if _is_low(request) else Manner.WAIT
+        if asked.stream and settings.streams.usage == "inject":
+            body, reshape = with_usage(endpoint, body, reshape)
     bill = await accounting.open_bill(core.admission, ctx, plan, entry, output_tokens)
     try:
         job = Job(
@@ -105,7 +108,8 @@ async def forward_body(
         groups = _allowed(ctx.principal, groups)
         return await _ask(request, job, groups, manner)
     finally:
-        await accounting.settle(core.admission, ctx, bill, settings.models.get(ctx.model or ""))
+        answered_by = settings.models.get(ctx.model or "")
+        await accounting.settle(core.admission, ctx, bill, answered_by, sys.exception())
 
 
 async def _ask(request: web.Request, job: Job, groups: Groups, manner: Manner) -> web.StreamResponse:

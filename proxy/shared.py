@@ -27,16 +27,17 @@ class Owner(NamedTuple):
 class Shared:
     """fd: of `state.memory.create`. Owner `first` is the front, the next ones are its workers."""
 
-    def __init__(self, fd: int, first: int, owners: int, workers: int) -> None:
+    def __init__(self, fd: int, first: int, owners: int, workers: int, *, new: bool = False) -> None:
         self.fd = fd
         self.first = first
+        self.new = new  # nobody has counted in it yet
         self._owners = owners
         self._mine = workers + 1
 
     @classmethod
     def fresh(cls, workers: int) -> Shared:
         owners = max(_OWNERS, _GENERATIONS * (workers + 1))
-        return cls(memory.create(owners=owners), 0, owners, workers)
+        return cls(memory.create(owners=owners), 0, owners, workers, new=True)
 
     @classmethod
     def inherited(cls, text: str, workers: int) -> Shared:

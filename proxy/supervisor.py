@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from proxy import __version__, admin, config, listen
+from proxy import __version__, accounting, admin, config, listen
 from proxy.admin_keys import AdminKeys
 from proxy.control import ControlError
 from proxy.crew import Crew, ask
@@ -31,12 +31,14 @@ from proxy.errors import OperationError, StartError
 from proxy.handover import Heir, Inheritance, inherited, take_over
 from proxy.keeper import Keeper
 from proxy.ledger import Ledger
+from proxy.ledger_read import LedgerFailed
 from proxy.log import RequestLog, Sink
 from proxy.metrics import Metrics, Snapshot
 from proxy.server import Server, show_depths
 from proxy.shared import Shared
 from proxy.slots import WaitingRoom
 from proxy.sqlitefile import path_of
+from proxy.state import memory
 from proxy.stores import Stores
 from proxy.tasks import spawn
 from proxy.workers import LocalWorker, RemoteWorker, Worker, encode_settings
@@ -102,6 +104,7 @@ class Front:
         self._take_sockets(inheritance)
         app = self._admin_app()
         await self._ledger.start()
+        await self._rebuild_budgets()
         await self._start_workers()
         assert self._admin_socket is not None
         if inheritance is not None:  # first: one page without the elder's figures would be too many
@@ -131,6 +134,20 @@ class Front:
             self._listener = listen.keep_or_bind(inheritance.listener, settings.listen_address)
             self._admin_socket = listen.keep_or_bind(inheritance.admin, settings.admin_address)
         self.port, self.admin_port = listen.port_of(self._listener), listen.port_of(self._admin_socket)
+
+    async def _rebuild_budgets(self) -> None:
+        """Those of this machine; a store of several machines keeps its own. Raises StartError."""
+        assert self._shared is not None
+        if not self._shared.new:
+            return
+        owner = self._shared.owner(0)
+        counters = memory.attach(owner.fd, owner.number)
+        try:
+            await accounting.rebuild(counters, path_of(self.settings.ledger.database), time.time())
+        except LedgerFailed as error:
+            raise StartError(str(error)) from None
+        finally:
+            await counters.close()
 
     async def _start_workers(self) -> None:
         assert self._listener is not None
