@@ -2,7 +2,7 @@
 
     python -m bench.micro_tap
 
-`without` is the same scanner with the tap's hook taken out.
+`without` is the scanner of `streams.usage: off`; `inject` is what the filter of `inject` adds to `with`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from proxy.errors import Dialect
 from proxy.inject import UsageChunkFilter
-from proxy.sse import Scanner
+from proxy.sse import BlindScanner, Scanner
 from proxy.tokens import estimate_prompt
 from proxy.usage import find_in_json
 
@@ -30,15 +30,6 @@ STREAM_KINDS = {
     "usage: null in each": _HEAD + _DELTA + b',"usage":null}\n\n',
     "a running total in each": _HEAD + _DELTA + b"," + _USAGE + b"}\n\n",
 }
-
-
-class WithoutTap(Scanner):
-    """The scanner as it was: nothing is remembered of what goes."""
-
-    __slots__ = ()
-
-    def _remember(self, cut: int) -> int:
-        return cut
 
 
 def best(run: Callable[[], object]) -> float:
@@ -95,7 +86,7 @@ def main() -> None:
     print(f"{f'a stream of {CHUNKS} chunks':26} {'without':>9} {'with':>9} {'usage()':>9} {'inject':>9}")
     print(f"{'':26} {'us/chunk':>9} {'us/chunk':>9} {'us/stream':>9} {'us/chunk':>9}")
     for name, chunk in STREAM_KINDS.items():
-        without = best(feed_all(WithoutTap, chunk)) / reads * 1e6
+        without = best(feed_all(BlindScanner, chunk)) / reads * 1e6
         tapped = best(feed_all(Scanner, chunk)) / reads * 1e6
         sifted = best(sift_all(chunk)) / reads * 1e6
         print(f"{name:26} {without:9.3f} {tapped:9.3f} {ask_all(chunk):9.2f} {sifted:9.3f}")

@@ -241,6 +241,9 @@ class ContentOnly:
             last = b""
         return last if self._over else last + _DONE
 
+    def held(self) -> bytes:
+        return b""  # half an event says nothing
+
     def at_boundary(self) -> bool:
         return True  # only whole events are given
 

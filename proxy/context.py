@@ -63,6 +63,7 @@ class Context:
         "first_byte_at",
         "first_token_at",
         "given_up",
+        "left_at",
         "list_cost_picos",
         "model",
         "phase",
@@ -97,6 +98,7 @@ class Context:
         self.attempts = 0
         self.given_up = False  # two attempts or more ended in a 5xx: the caller's SDK need not try again
         self.reached_upstream = False
+        self.left_at: float | None = None  # the caller has left; its answer is read on for the usage
         self.committed = False  # a byte of the upstream's answer went to the caller: no more retries
         self.streaming = False
         self.stopped: Reason | None = None
@@ -136,7 +138,7 @@ class Context:
             "route": self.route,
             "model": self.model,
             "upstream": self.upstream,
-            "phase": self.phase.value,
+            "phase": self.phase.value if self.left_at is None else "drain_for_usage",
             "age_s": round(now - self.started_at, 3),
             "ttft_s": None
             if self.first_token_at is None

@@ -59,6 +59,7 @@ class Core:
         self.admission: Admission  # set before the first request, and by a reload
         self.authenticator: Authenticator | None = None  # None: open
         self.running: set[Context] = set()
+        self.draining_for_usage = 0  # requests that are read on for their usage, their callers gone
         self.bodies = Bodies(settings.max_buffered_bytes)
         self.draining = False  # answers close their connection
         self.refusing = False  # and there are no new requests

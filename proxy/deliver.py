@@ -16,7 +16,8 @@ from multidict import CIMultiDict
 
 from proxy import answers, headers
 from proxy.attempt import WholeAnswer
-from proxy.context import Context, Phase
+from proxy.context import CORE, Context, Phase
+from proxy.drain_usage import drain_for_usage
 from proxy.errors import (
     HeadraceError,
     Reason,
@@ -29,7 +30,7 @@ from proxy.errors import (
 from proxy.pipe import HEARTBEAT, TIMER_SLACK_S, Clocks, Pipe
 from proxy.pipe import break_off as end_visibly
 from proxy.reshape import WHOLE_LIMIT, Reshape, ReshapedPipe
-from proxy.sse import Scanner
+from proxy.tap import Tap
 from proxy.usage import find_in_json
 from proxy.wire import HELD_LIMIT, End
 from proxy.wrap import wrap
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from proxy.metrics import Metrics
     from proxy.targets import Target
     from proxy.upstream import Exchange, Upstream
+    from proxy.usage import Usage
 
 _STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -140,13 +142,10 @@ class Delivery:
         ctx = self._ctx
         ctx.streaming = True
         ctx.phase = Phase.STREAM
-        expects = ctx.endpoint is not None and ctx.endpoint.ends_with_terminator
-        encoded = headers.value_of(exchange.fields, b"content-encoding") is not None
-        scanner = Scanner(ctx.dialect, expects_terminator=expects and not encoded)
         await self._begin_stream(exchange)
         self._metrics.streams_active.add((self._upstream.name,), 1)
         try:
-            return await self._pipe(exchange, scanner)
+            return await self._pipe(exchange, self._tap(exchange, streamed=True))
         finally:
             self._metrics.streams_active.add((self._upstream.name,), -1)
 
@@ -168,7 +167,7 @@ class Delivery:
         if end is End.CUT:
             raise UpstreamCut
         body = answers.checked_body(exchange.status, body)
-        ctx.usage = find_in_json(ctx.dialect, body)
+        ctx.usage = self._usage_of(body)
         events = wrap(ctx.dialect, body)
         if events is None:
             if self._response is not None:
@@ -192,7 +191,7 @@ class Delivery:
             if end is End.CUT:
                 raise UpstreamCut
             body = answers.checked_body(exchange.status, body)
-            ctx.usage = find_in_json(ctx.dialect, body) if b'"usage"' in body else None
+            ctx.usage = self._usage_of(body)
             if rewrite is not None:
                 body = rewrite(exchange.status, body)
             return self._at_once(WholeAnswer(exchange.status, exchange.reason, exchange.fields, body))
@@ -203,7 +202,18 @@ class Delivery:
             large.content_length = int(length)
         await self._prepare(large)
         self._response = large
-        return await self._pipe(exchange, None, body)
+        return await self._pipe(exchange, self._tap(exchange, streamed=False), body)
+
+    def _tap(self, exchange: Exchange, *, streamed: bool) -> Tap:
+        return Tap(self._ctx, exchange.fields, streamed=streamed, observes=self._observes)
+
+    @property
+    def _observes(self) -> bool:
+        return self._streams.usage != "off"
+
+    def _usage_of(self, body: bytes) -> Usage | None:
+        """Of a whole answer; None: unknown."""
+        return find_in_json(self._ctx.dialect, body) if self._observes and b'"usage"' in body else None
 
     def _at_once(self, whole: WholeAnswer) -> web.Response:
         ctx = self._ctx
@@ -239,29 +249,52 @@ class Delivery:
             body += piece
         return bytes(body), end
 
-    async def _pipe(
-        self, exchange: Exchange, scanner: Scanner | None, first: bytes = b""
-    ) -> web.StreamResponse:
-        ctx, response = self._ctx, self._response
+    async def _pipe(self, exchange: Exchange, tap: Tap, first: bytes = b"") -> web.StreamResponse:
+        ctx = self._ctx
+        self._pipe_now = pipe = await self._pipe_for(exchange, tap)
+        ctx.committed = True
+        try:
+            await self._run(pipe, exchange, first)
+            if pipe.gave_up:
+                await self._abort()
+                await self._hear_out(exchange, tap)
+        except (asyncio.CancelledError, ConnectionError):
+            if ctx.left_at is None:
+                await self._hear_out(exchange, tap)
+            raise
+        finally:
+            ctx.usage = tap.usage()
+        return await self._conclude(pipe, exchange.status)
+
+    async def _pipe_for(self, exchange: Exchange, tap: Tap) -> Pipe:
+        response = self._response
         assert response is not None
         writer = await response.prepare(self._request)
         assert writer is not None
         clocks = Clocks(self._upstream.timeouts.idle, self.total_at, self._streams.heartbeat, self._write_s)
-        parts = (ctx, self._request, response, writer, scanner, clocks)
-        transform = None if self.reshape is None or scanner is None else self.reshape.transform
-        self._pipe_now = pipe = Pipe(*parts) if transform is None else ReshapedPipe(transform, *parts)
-        ctx.committed = True
+        parts = (self._ctx, self._request, response, writer, tap.scanner, clocks)
+        transform = None
+        if self.reshape is not None and tap.scanner is not None:
+            transform = self.reshape.transform_of(exchange.fields)
+        pipe = Pipe(*parts) if transform is None else ReshapedPipe(transform, *parts)
+        if tap.scanner is None and tap.feed is not None:
+            pipe.listen(tap.feed)
+        return pipe
+
+    async def _run(self, pipe: Pipe, exchange: Exchange, first: bytes) -> None:
         try:
             if first:
                 await pipe.deliver(first)
             await pipe.run(exchange)
         finally:
-            if scanner is not None:
+            if self._ctx.streaming:
                 self._metrics.inter_chunk.merge((self._upstream.name,), pipe.gaps, pipe.gaps_s)
-                ctx.usage = scanner.usage() or scanner.estimate(ctx.asked_tokens)
             if pipe.heartbeats:
                 self._metrics.heartbeats.add((), pipe.heartbeats)
-        return await self._conclude(pipe, exchange.status)
+
+    async def _hear_out(self, exchange: Exchange, tap: Tap) -> None:
+        """The caller has left."""
+        await drain_for_usage(self._request.app[CORE], self._ctx, exchange, tap, self.total_at)
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -275,8 +308,11 @@ class Delivery:
             rest = pipe.rest()
             ctx.bytes_out += len(rest)
             return await self._finish(rest)
-        if ctx.reason in (Reason.CLIENT_GONE, Reason.UPSTREAM_ERROR):
-            return await self._abort()  # nobody is there, or the upstream has said itself what happened
+        if ctx.reason is Reason.CLIENT_GONE:
+            return await self._abort()
+        if ctx.reason is Reason.UPSTREAM_ERROR:
+            self._write_raw(pipe.held())  # the upstream has said itself what happened
+            return await self._abort()
         return await self.break_off(_after_commit(ctx.reason))
 
     async def _finish(self, rest: bytes) -> web.StreamResponse:
@@ -293,17 +329,24 @@ class Delivery:
     async def break_off(self, error: HeadraceError) -> web.StreamResponse:
         """The error event in the route's dialect if the stream is between two events, then the abort:
         never a clean end."""
-        ctx = self._ctx
+        ctx, pipe = self._ctx, self._pipe_now
+        if ctx.left_at is not None:
+            return await self._abort()  # it was ended while it was read on for nobody
         ctx.reason = error.reason
         ctx.error_code = error.code
-        if self._pipe_now is not None and not self._pipe_now.takes_event():
-            return await self._abort()
-        transport = self._request.transport
-        if transport is not None and not transport.is_closing():
-            assert self._response is not None
-            event = error.event(ctx.dialect, ctx.request_id)
-            transport.write(b"%x\r\n%b\r\n" % (len(event), event) if self._response.chunked else event)
+        held = b"" if pipe is None else pipe.held()
+        if held:
+            self._write_raw(held)
+        elif pipe is None or pipe.takes_event():
+            self._write_raw(error.event(ctx.dialect, ctx.request_id))
         return await self._abort()
+
+    def _write_raw(self, data: bytes) -> None:
+        """Past aiohttp's writer: nobody may wait any more."""
+        transport = self._request.transport
+        if data and transport is not None and not transport.is_closing():
+            assert self._response is not None
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._response.chunked else data)
 
     async def _abort(self) -> web.StreamResponse:
         assert self._response is not None

@@ -185,6 +185,11 @@ def value_of(fields: RawHeaders, name: bytes) -> bytes | None:
     return None
 
 
+def is_encoded(fields: RawHeaders) -> bool:
+    """Can a body with these fields not be read as it is?"""
+    return value_of(fields, b"content-encoding") not in (None, b"", b"identity")
+
+
 def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogateescape")
 

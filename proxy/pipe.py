@@ -18,7 +18,7 @@ import struct
 import termios
 from enum import StrEnum
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -27,6 +27,8 @@ from proxy.metrics import GAP_UNITS_PER_SECOND, GAPS
 from proxy.wire import End
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiohttp import web
     from aiohttp.abc import AbstractStreamWriter
 
@@ -67,6 +69,26 @@ class Clocks(msgspec.Struct, frozen=True):
     total_at: float
     heartbeat_s: float
     write_s: float
+
+
+class Taker(Protocol):
+    """Takes an answer, pushed (`wire.Sink`) or pulled."""
+
+    @property
+    def blocked(self) -> bool: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+    def feed(self, data: bytes) -> None: ...
+
+    async def deliver(self, data: bytes) -> None: ...
+
+    def end(self, how: End) -> None: ...
+
+    def next_at(self) -> float: ...
+
+    async def tick_deliver(self) -> None: ...
 
 
 class Pipe:
@@ -122,7 +144,7 @@ class Pipe:
         self._times: list[float] = []
         self._framing = response.chunked
         self._scanner = scanner
-        self._scan = scanner.feed if scanner is not None else None
+        self._scan: Callable[[bytes], object] | None = scanner.feed if scanner is not None else None
         self._clocks = clocks
         self._loop = asyncio.get_running_loop()
         self._exchange: Exchange | None = None
@@ -147,7 +169,8 @@ class Pipe:
             if self._unsent() and not self._blocked:
                 self._block()
         except RuntimeError:
-            return  # uvloop, of a caller that has closed in this very turn: the cancellation is on its way
+            # uvloop, of a caller that has closed in this very turn: the cancellation is on its way
+            return self._unheard(data)
         # What follows is `_observe`, written out: a call costs a tenth of all that Python does per read.
         now = monotonic()
         times = self._times
@@ -162,6 +185,15 @@ class Pipe:
         """Pull: the same through aiohttp's writer, which waits for a slow caller by itself."""
         self._observe(data)
         await self._write_patiently(data)
+
+    def listen(self, feed: Callable[[bytes], object]) -> None:
+        """For an answer that is no event stream: who hears its reads."""
+        self._scan = feed
+
+    def _unheard(self, data: bytes) -> None:
+        """It did not reach the caller; the usage may be in it all the same."""
+        if self._scan is not None:
+            self._scan(data)
 
     def _observe(self, data: bytes) -> None:
         now = monotonic()
@@ -358,12 +390,21 @@ class Pipe:
         return Reason.UPSTREAM_CUT
 
     @property
+    def gave_up(self) -> bool:
+        """Did the caller not take what was sent?"""
+        return self._ending is Ending.SLOW_CALLER
+
+    @property
     def ended_well(self) -> bool:
         """Did the upstream itself end its answer in good order?"""
         return self._ending in (Ending.FRAMED, Ending.GRACE)
 
     def rest(self) -> bytes:
         """What is still to be sent after the last byte of an answer that ended well."""
+        return b""
+
+    def held(self) -> bytes:
+        """What is still to be sent of an answer that ended otherwise: the start of an event."""
         return b""
 
     def takes_event(self) -> bool:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from proxy.answers import is_event_stream
-from proxy.errors import UpstreamInvalid
-from proxy.headers import RawHeaders, value_of
+from proxy.errors import Dialect, UpstreamInvalid
+from proxy.headers import RawHeaders, is_encoded
+from proxy.inject import UsageChunkFilter, with_include_usage
 from proxy.pipe import Ending, Pipe
 from proxy.sse_events import UnreadableError
+
+if TYPE_CHECKING:
+    from proxy.endpoints import Endpoint
 
 #: From status and whole body of an answer that is no stream to the body that the caller gets; raises
 #: UpstreamFailed.
@@ -36,24 +40,49 @@ class Transform(Protocol):
         """What is still to be sent when the upstream has ended in good order. Never raises."""
         ...
 
+    def held(self) -> bytes:
+        """What is still to be sent, as it came, when the upstream was cut off. Never raises."""
+        ...
+
     def at_boundary(self) -> bool:
         """Is what was given so far at an event boundary?"""
         ...
 
 
 class Reshape(msgspec.Struct, frozen=True):
-    """What happens to one request's answer: as an event stream, and as a whole."""
+    """What happens to one request's answer: as an event stream, and as a whole.
+
+    lenient: an answer that cannot be changed passes as it is.
+    """
 
     transform: Transform | None = None
     rewrite: Rewrite | None = None
+    lenient: bool = False
 
     def check(self, status: int, fields: RawHeaders) -> None:
         """Raises UpstreamInvalid for an answer that cannot be changed; errors are never changed."""
-        if status >= 300:
+        if status >= 300 or self.lenient:
             return
         streams = is_event_stream(status, fields)
-        if value_of(fields, b"content-encoding") not in (None, b"identity") or (streams and self.rewrite):
+        if is_encoded(fields) or (streams and self.rewrite):
             raise UpstreamInvalid
+
+    def transform_of(self, fields: RawHeaders) -> Transform | None:
+        """For an event stream with these fields."""
+        return None if is_encoded(fields) else self.transform
+
+
+def with_usage(endpoint: Endpoint, body: bytes, reshape: Reshape | None) -> tuple[bytes, Reshape | None]:
+    """`streams.usage: inject`: the body that asks for usage, and what takes the answer to that out again.
+    Both as they were if the route has no such option or the caller has asked for it."""
+    if endpoint.dialect is not Dialect.OPENAI or not endpoint.ends_with_terminator:
+        return body, reshape
+    asking = with_include_usage(body)
+    if asking is None:
+        return body, reshape
+    if reshape is not None and reshape.transform is not None:
+        return asking, reshape  # the browser API's own drops what has no content
+    return asking, Reshape(transform=UsageChunkFilter(), lenient=True)
 
 
 class ReshapedPipe(Pipe):
@@ -74,7 +103,7 @@ class ReshapedPipe(Pipe):
                 if self._unsent() and not self._blocked:
                     self._block()
         except RuntimeError:
-            return  # as in Pipe.feed
+            return self._unheard(data)  # as in Pipe.feed
         self._observe(data)
         self.size += len(out) - len(data)
 
@@ -87,6 +116,9 @@ class ReshapedPipe(Pipe):
 
     def rest(self) -> bytes:
         return self._transform.flush()
+
+    def held(self) -> bytes:
+        return self._transform.held()
 
     def takes_event(self) -> bool:
         return self._scanner is not None and self._transform.at_boundary()

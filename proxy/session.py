@@ -24,7 +24,7 @@ from proxy.tasks import spawn
 from proxy.wire import End
 
 if TYPE_CHECKING:
-    from proxy.pipe import Pipe
+    from proxy.pipe import Taker
 
 
 class SessionExchange:
@@ -161,7 +161,7 @@ class SessionExchange:
         held, self._held = self._held, b""
         return held, self._end
 
-    async def pump(self, sink: Pipe) -> None:
+    async def pump(self, sink: Taker) -> None:
         data, end = self.taken()
         while True:
             if data:

@@ -79,6 +79,14 @@ _IN_BAND_ERROR = re.compile(
 _FINISH_ERROR = re.compile(rb'"finish_reason": ?"error"')
 
 
+def ends_event(tail: bytes | bytearray) -> bool:
+    """Do these bytes end with an event's blank line? A lone CR at the end may be half of a CRLF, so it only
+    counts after another CR."""
+    if tail.endswith(b"\n"):
+        return tail.endswith((b"\n\n", b"\n\r\n", b"\r\r\n"))
+    return tail.endswith(b"\r\r")
+
+
 class Scanner:
     """Follows one event stream; `feed` gets the bytes exactly as they arrived.
 
@@ -204,7 +212,8 @@ class Scanner:
         # So that the tail's start is no line start; a comment stays one.
         tail[:cut] = b":" if self._is_idle(line_start(tail, cut), cut) else b" "
         self._gone += cut - 1
-        self._limit = max(_LIMIT, 2 * len(tail))
+        # What reports once may report in each event: then there is less often something to remember.
+        self._limit = max(_LIMIT if self._report is None else 3 * _LIMIT, 2 * len(tail))
 
     def _remember(self, cut: int) -> int:
         """Takes the usage out of what goes; an event that still brings some is kept, from there on."""
@@ -223,17 +232,9 @@ class Scanner:
         return _BLANK_LINE.search(self._tail, start) is not None
 
     def at_boundary(self) -> bool:
-        """Is the stream between two events, so that a comment or an event may be added?
-
-        A lone CR at the end may be half of a CRLF, so it only counts after another CR.
-        """
+        """Is the stream between two events, so that a comment or an event may be added?"""
         self._read()
-        tail = self._tail[-3:]
-        if not tail:
-            return True
-        if tail.endswith(b"\n"):
-            return tail.endswith((b"\n\n", b"\n\r\n", b"\r\r\n"))
-        return tail.endswith(b"\r\r")
+        return not self._tail or ends_event(self._tail)
 
     def succeeded(self, *, framed: bool) -> bool:
         """Did the stream end well? `framed`: HTTP's own framing says that the body was complete."""
@@ -292,3 +293,12 @@ class Scanner:
     def _latest(self) -> Report | None:
         self._read()
         return latest(self._dialect, self._tail, self._report)
+
+
+class BlindScanner(Scanner):
+    """For those who do not want to know the usage: nothing is remembered of what goes."""
+
+    __slots__ = ()
+
+    def _remember(self, cut: int) -> int:
+        return cut

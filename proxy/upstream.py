@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
 
     from proxy import schema
-    from proxy.pipe import Pipe
+    from proxy.pipe import Taker
 
 
 class Exchange(Protocol):
@@ -53,7 +53,7 @@ class Exchange(Protocol):
 
     def taken(self) -> tuple[bytes, End | None]: ...
 
-    async def pump(self, sink: Pipe) -> None: ...
+    async def pump(self, sink: Taker) -> None: ...
 
     def pause(self) -> None: ...
 

@@ -99,9 +99,10 @@ class Report(msgspec.Struct, frozen=True):
 
     def usage(self) -> Usage | None:
         """None unless both sides are known: the first half of a stream's report is no report."""
-        if self.prompt is None or self.completion is None:
+        prompt = self.prompt
+        if prompt is None or self.completion is None:
             return None
-        return Usage(self.prompt, self.cached or 0, self.completion, self.reasoning or 0, Source.REPORTED)
+        return Usage(prompt, self.cached or 0, self.completion, self.reasoning or 0, Source.REPORTED)
 
 
 # ── what upstreams send ──────────────────────────────────────────────────────────────────────────────────
