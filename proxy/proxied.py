@@ -56,7 +56,11 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
 
 async def _proxy_form(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.StreamResponse:
     """A body that is not held: it goes upstream as it comes."""
-    upload = await open_upload(request, ctx, request.app[CORE])
+    core, fields = request.app[CORE], request.headers
+    if ctx.principal is None:  # a page can send forms without asking first, and here nobody asks for a key
+        origins = core.config.cors.origins
+        browser_api.check_origin(fields.getall("Origin", ()), fields.getall("Host", ()), origins)
+    upload = await open_upload(request, ctx, core)
     try:
         return await forward_body(request, ctx, endpoint, upload, Peek(model=upload.model))
     finally:
@@ -103,7 +107,7 @@ async def forward_body(
             model=name,
             wants_stream=bool(asked.stream),
             reshape=reshape,
-            hedge_after_s=None if entry is None else entry.hedge_after,
+            hedge_after_s=entry.hedge_after if entry is not None and isinstance(body, bytes) else None,
         )
         groups = _allowed(ctx.principal, groups)
         return await _ask(request, job, groups, manner)

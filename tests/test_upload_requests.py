@@ -173,13 +173,10 @@ async def test_json_where_a_form_may_be(push: bool) -> None:
         assert it.upstream.calls[0].body == body
 
 
-UNCHECKED = pytest.mark.xfail(reason="proxied._proxy_form does not call browser_api.check_origin")
-
-
 @both
 @pytest.mark.parametrize(
     ("origin", "status"),
-    [pytest.param("http://evil.example", 403, marks=UNCHECKED), ("http://test", 200)],
+    [("http://evil.example", 403), ("http://test", 200)],
 )
 async def test_a_page_of_another_site(push: bool, origin: str, status: int) -> None:
     """Browsers send forms across origins without asking: without a credential none is taken from there."""
@@ -339,7 +336,6 @@ async def test_an_early_refusal(push: bool) -> None:
 
 @both
 @pytest.mark.alone
-@pytest.mark.xfail(reason="Forwarding._first_byte compares with an asked_at from before its wait")
 async def test_slow_but_steady(push: bool) -> None:
     """Longer than `timeouts.body` and `first_byte` together, never silent for as long as either."""
     body = form(300_000)
