@@ -45,7 +45,7 @@ async def test_first_requests() -> None:
 
 async def test_provider_configuration(tmp_path: Path) -> None:
     """The YAML for real providers is accepted, and routes as it says."""
-    (text,) = blocks("yaml")
+    text = blocks("yaml")[0]
     path = tmp_path / "headrace.yaml"
     path.write_text(text)
     names = ("OPENAI", "ANTHROPIC", "GEMINI", "DEEPSEEK")
