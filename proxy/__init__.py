@@ -79,11 +79,15 @@ web
     middleware/ request_id, observe, errors, guard, cors, auth, limits
     key_order   what people write to get a key
     key_commands  keys and tokens, for the command line and the admin API
+    usage_report  sums of the ledger for people and programs
+    usage_chart  money a day as an SVG
     browser_api what a web page may ask without a key, and its answer's shape
     proxied     requests that go upstream: body, model, cost, place
+    playground  the page that tries models out, and the browser client
     handlers    the routes, and what is answered here
     downstream  the listening side
     admin_keys  the keys on the admin listener
+    spend_page  what was spent, as a page of the admin listener
     admin       the admin listener
 composition
     server      the data plane of one process: builds everything once; reloads, drains
@@ -93,7 +97,10 @@ composition
     crew        all workers of a front, seen as one
     handover    the two ends of a restart
     supervisor  binds the sockets, runs the workers, holds the admin listener; reload, restart
+    usage_verify  counters against rows
+    cli_admin   what the commands ask of a running server
     cli_keys    the commands about keys and tokens
+    cli_usage   the command about tokens and money
     cli         the commands
 beside
     mock_behaviour  how the mock upstream answers: one field a fault

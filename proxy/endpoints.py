@@ -4,7 +4,7 @@ Everything that is not in `TABLE` is a 404: a caller can only reach the provider
 routes, never its account administration. Matching is done on the raw path, before any decoding, so that
 `%2e%2e`, `%2f` or `//` cannot turn one path into another between the check and the upstream.
 
-Templates: `{id}` is one path segment, `{rest}` one to six of them.
+Templates: `{id}` is one path segment, `{rest}` one to six of them, `{file}` one of `PAGE_FILES`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,12 @@ TABLE: tuple[Endpoint, ...] = (
     _for_pages("/api/chat", streams=False),
     _ours("/health"),
     _ours("/api/health/stream"),
+    _ours("/"),
+    _ours("/static/{file}"),
 )
+
+#: What `/static/{file}` stands for: a closed list, so that a path is never the name of a file.
+PAGE_FILES = ("playground.css", "playground.js", "stream-client.js", "use-chat-stream.js")
 
 # One segment: unreserved and sub-delims of RFC 3986, and percent escapes that neither decode to a path
 # separator, a dot, a percent sign nor a control character.
@@ -169,7 +174,20 @@ _EXACT.update(
         if name.startswith("/v1/")
     }
 )
-_PATTERNS = [(_compile(endpoint), endpoint) for endpoint in TABLE if "{" in endpoint.name]
+_EXACT.update(
+    {
+        (method, f"/static/{file}"): endpoint
+        for endpoint in TABLE
+        if endpoint.name == "/static/{file}"
+        for method in endpoint.methods
+        for file in PAGE_FILES
+    }
+)
+_PATTERNS = [
+    (_compile(endpoint), endpoint)
+    for endpoint in TABLE
+    if "{" in endpoint.name and endpoint.name != "/static/{file}"
+]
 
 
 def match(method: str, path: str) -> Endpoint | None:

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import msgspec
 from aiohttp import web
 
-from proxy import budgets, identity, pricing, proxied
+from proxy import budgets, identity, playground, pricing, proxied
 from proxy.context import CONTEXT, CORE
 from proxy.core import Core
 from proxy.errors import (
@@ -20,6 +20,7 @@ from proxy.errors import (
     Overloaded,
 )
 from proxy.ledger_read import LedgerFailed
+from proxy.schema import MOCK_URL
 
 if TYPE_CHECKING:
     from proxy.ledger_row import Spent
@@ -45,6 +46,7 @@ def _model_object(core: Core, name: str) -> dict[str, Any]:
     """OpenAI's and Anthropic's fields in one object: both SDKs read it."""
     entry = core.config.models[name]
     created = datetime.fromtimestamp(core.started_at, UTC)
+    only_mock = all(core.config.upstreams[each.name].base_url == MOCK_URL for each in entry.upstreams)
     return {
         "id": name,
         "object": "model",
@@ -53,6 +55,7 @@ def _model_object(core: Core, name: str) -> dict[str, Any]:
         "type": "model",
         "display_name": name,
         "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **({"mock": True} if only_mock else {}),  # a page may offer its faults
     }
 
 
@@ -152,6 +155,8 @@ _OURS = {
     "/v1/models/{rest}": show_model,
     "/v1/limits": limits,
     "/v1/usage": usage,
+    "/": playground.serve,
+    "/static/{file}": playground.serve,
     "/health": health,
     "/api/health/stream": health_stream,
 }

@@ -620,6 +620,7 @@ class Settings(Section, frozen=True, kw_only=True):
     admin_token: Annotated[SecretText | None, _doc("Bearer token of the admin listener; empty is none.")] = (
         None
     )
+    playground: Annotated[bool, _doc("The page at / that tries models out.")] = True
     max_body_bytes: Annotated[Bytes, _doc("Bytes of one JSON request body.")] = 33_554_432
     max_upload_bytes: Annotated[Bytes, _doc("Bytes of one upload: files, audio, images.")] = 536_870_912
     max_buffered_bytes: Annotated[Bytes, _doc("Bytes of all request bodies held at once.")] = 1_073_741_824

@@ -15,7 +15,7 @@ from proxy.errors import Dialect
 
 
 def example_of(name: str) -> str:
-    return name.replace("{id}", "a-1").replace("{rest}", "a-1/b.c")
+    return name.replace("{id}", "a-1").replace("{rest}", "a-1/b.c").replace("{file}", "playground.js")
 
 
 @pytest.mark.parametrize("endpoint", TABLE, ids=[f"{'+'.join(row.methods)} {row.name}" for row in TABLE])
@@ -90,7 +90,14 @@ def test_forms() -> None:
     "path",
     [
         "",
-        "/",
+        "//",
+        "/static/",
+        "/static/playground.html",
+        "/static/../endpoints.py",
+        "/static/%2e%2e/endpoints.py",
+        "/static/{file}",
+        "/v1/static/playground.js",
+        "/v1/static/{file}",
         "/v1",
         "/v1/",
         "//v1/models",

@@ -175,7 +175,12 @@ async def test_every_row_is_served(pair: Pair, endpoint: Endpoint, method: str) 
 
 
 UNKNOWN = [
-    "/",
+    "/static/",
+    "/static/playground.html",
+    "/static/../__init__.py",
+    "/static/%2e%2e/__init__.py",
+    "/v1/static/playground.js",
+    "/static/{file}",
     "/v1",
     "/v1/",
     "/v1/../admin",

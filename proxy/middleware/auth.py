@@ -18,7 +18,7 @@ from proxy.errors import HeadraceError, NotFound
 from proxy.identity import Principal
 
 #: Answered without a credential.
-_PUBLIC = frozenset({"/health", "/api/health/stream"})
+_PUBLIC = frozenset({"/health", "/api/health/stream", "/", "/static/{file}"})
 #: Without a credential too, but on a plan: each address is a caller of its own.
 _ANONYMOUS = frozenset({"/api/chat", "/api/chat/stream"})
 
