@@ -10,7 +10,6 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from proxy.admin_keys import AdminKeys
 from proxy.errors import OperationError
 from proxy.key_commands import UnknownKey
 from proxy.metrics import Counter, Histogram, render
@@ -35,11 +34,17 @@ class Operations(Protocol):
     async def restart(self) -> int: ...
 
 
+class Part(Protocol):
+    """Routes that are described elsewhere."""
+
+    def add_routes(self, router: web.UrlDispatcher) -> None: ...
+
+
 #: Answered without a token even where one is needed: probes carry none.
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 
 
-def make_app(operations: Operations, keys: AdminKeys, *, token: str | None) -> web.Application:
+def make_app(operations: Operations, parts: Iterable[Part], *, token: str | None) -> web.Application:
     """token: asked for on everything but the probes; None: not asked (loopback and unix only)."""
 
     @web.middleware
@@ -66,7 +71,8 @@ def make_app(operations: Operations, keys: AdminKeys, *, token: str | None) -> w
     app.router.add_get("/debug/state", routes.debug_state)
     app.router.add_get("/admin/streams", routes.streams)
     app.router.add_delete("/admin/streams/{id}", routes.kill)
-    keys.add_routes(app.router)
+    for part in parts:
+        part.add_routes(app.router)
     app.router.add_post("/admin/reload", routes.reload)
     app.router.add_post("/admin/restart", routes.restart)
     return app

@@ -15,7 +15,7 @@ import aiohttp
 import msgspec
 import uvloop
 
-from proxy import __version__, cli_keys, config, listen, log, mock, wire
+from proxy import __version__, cli_admin, cli_keys, cli_usage, config, log, mock, wire
 from proxy.errors import OperationError, StartError
 from proxy.supervisor import Front
 from proxy.worker import WorkerProcess
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=_tell_server, verb=verb)
 
     cli_keys.add_parsers(commands, common, _settings)
+    cli_usage.add_parser(commands, common, _settings)
 
     command = commands.add_parser("worker")
     command.add_argument("control", type=int)
@@ -168,28 +169,12 @@ def _worker(arguments: argparse.Namespace) -> int:
 def _tell_server(arguments: argparse.Namespace) -> int:
     """reload, restart: of the running server, through its admin listener."""
     settings = config.with_overrides(_settings(arguments), None, arguments.admin)
-    answer = uvloop.run(_post_admin(settings, f"/admin/{arguments.verb}"))
-    print(answer)
-    return 0
-
-
-async def _post_admin(settings: config.Config, path: str) -> str:
-    address = settings.admin_address
-    unix = address.unix_path
-    connector = aiohttp.UnixConnector(unix) if unix else aiohttp.TCPConnector()
-    base = listen.url(address, address.port, "http")
-    headers = {"Authorization": f"Bearer {settings.admin_token}"} if settings.admin_token else {}
-    try:
-        async with (
-            aiohttp.ClientSession(connector=connector, trust_env=False) as session,
-            session.post(f"{base}{path}", headers=headers) as response,
-        ):
-            document = await response.json()
-    except (aiohttp.ClientError, OSError) as error:
-        raise StartError(f"no server answers at {settings.admin}: start it, or give --admin") from error
+    _, body = uvloop.run(cli_admin.ask(settings, "POST", f"/admin/{arguments.verb}"))
+    document = msgspec.json.decode(body)
     if "error" in document:
         raise StartError(document["error"]["message"])
-    return ", ".join(f"{name}: {value}" for name, value in document.items())
+    print(", ".join(f"{name}: {value}" for name, value in document.items()))
+    return 0
 
 
 def _mock(arguments: argparse.Namespace) -> int:

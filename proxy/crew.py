@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+import structlog
+
 from proxy.control import ControlError
 from proxy.metrics import Snapshot
 from proxy.tasks import spawn
@@ -41,7 +43,9 @@ class Crew:
     async def drain(self, limit_s: float) -> None:
         """Only those that serve: an elder drains already."""
         drains = (worker.drain(limit_s) for worker in self.workers)
-        await asyncio.gather(*drains, return_exceptions=True)
+        for result in await asyncio.gather(*drains, return_exceptions=True):
+            if isinstance(result, Exception):  # the others still have to end in order
+                structlog.get_logger().error("drain_failed", error=type(result).__name__)
 
     async def hurry(self) -> None:
         await ask(self.workers, lambda worker: worker.hurry())

@@ -15,9 +15,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.ledger_row import RowSink
 
+_PREFIX = "headrace_"
 Labels = tuple[str, ...]
 #: The metrics of a process as plain data: attribute -> (labels, value), a histogram's value is its row.
 Snapshot = dict[str, list[tuple[Labels, float | list[float]]]]
@@ -37,7 +39,7 @@ class Counter:
     kind = "counter"
 
     def __init__(self, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
-        self.name, self.help, self.labels = f"headrace_{name}", help_text, tuple(labels)
+        self.name, self.help, self.labels = f"{_PREFIX}{name}", help_text, tuple(labels)
         self.values: dict[Labels, float] = {}
 
     def add(self, labels: Labels = (), amount: float = 1) -> None:
@@ -94,7 +96,7 @@ class Histogram:
     def __init__(
         self, name: str, help_text: str, labels: Sequence[str] = (), buckets: Sequence[float] = _DURATION
     ) -> None:
-        self.name, self.help, self.labels = f"headrace_{name}", help_text, tuple(labels)
+        self.name, self.help, self.labels = f"{_PREFIX}{name}", help_text, tuple(labels)
         self.buckets = tuple(buckets)
         self.values: dict[Labels, list[float]] = {}
 
@@ -245,6 +247,13 @@ class _Collector:
     def collect(self) -> Iterator[Metric]:
         for metric in self._metrics:
             yield metric.family()
+
+
+def samples(page: str) -> Iterator[tuple[str, dict[str, str], float]]:
+    """What a page in the text format says: names as they are here, labels, values. Raises ValueError."""
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            yield sample.name.removeprefix(_PREFIX), sample.labels, sample.value
 
 
 def render(metrics: Iterable[Counter | Histogram], accept: str) -> tuple[bytes, str]:

@@ -37,6 +37,7 @@ from proxy.metrics import Metrics, Snapshot
 from proxy.server import Server, show_depths
 from proxy.shared import Shared
 from proxy.slots import WaitingRoom
+from proxy.spend_page import SpendPage
 from proxy.sqlitefile import path_of
 from proxy.state import memory
 from proxy.stores import Stores
@@ -227,8 +228,8 @@ class Front:
         address, token = self.settings.admin_address, self.settings.admin_token
         if not address.loopback and token is None:
             raise StartError("admin: this address is not loopback, so `admin_token` has to be set")
-        keys = AdminKeys(lambda: self.settings)
-        app = admin.make_app(self, keys, token=None if address.loopback else token)
+        parts: list[admin.Part] = [AdminKeys(lambda: self.settings), SpendPage(lambda: self.settings)]
+        app = admin.make_app(self, parts, token=None if address.loopback else token)
         app.on_response_prepare.append(self._close_behind)
         return app
 
