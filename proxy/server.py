@@ -183,7 +183,7 @@ class Server:
             fields["x-request-id"] = fields["request-id"] = ctx.request_id
             if ctx.allowance:
                 fields.update(headers.rate_limit(ctx.allowance))
-        if self.core.draining or "Upgrade" in request.headers:
+        if response.status != 101 and (self.core.draining or "Upgrade" in request.headers):
             # aiohttp answers nothing behind a declined upgrade (measured): such a connection ends as well.
             response.force_close()
             fields["Connection"] = "close"
