@@ -31,6 +31,8 @@ rules (no I/O, no clock of their own)
     wrap        plain JSON as a stream, for who asked for one
     identity    who calls: API keys, and what a caller may do
     webtoken    JSON Web Tokens as credentials
+    handshake   what the opening of a WebSocket says
+    socket_events  what the messages of a WebSocket session say
 resources
     listen      listening sockets
     log         the request line, and a sink that never blocks
@@ -75,6 +77,8 @@ data path
     attempt     one try at one upstream
     deliver     the answer on its way to the caller: head, bytes, end
     forward     the attempts of one request: whom, again, how long to wait
+    dial        the opening of a WebSocket to an upstream
+    websocket   a WebSocket session: messages both ways, and its end
 web
     middleware/ request_id, observe, errors, guard, cors, auth, limits
     key_order   what people write to get a key
@@ -83,6 +87,7 @@ web
     usage_chart  money a day as an SVG
     browser_api what a web page may ask without a key, and its answer's shape
     proxied     requests that go upstream: body, model, cost, place
+    realtime    WebSocket sessions: who may open one, with which model
     playground  the page that tries models out, and the browser client
     handlers    the routes, and what is answered here
     downstream  the listening side

@@ -47,6 +47,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     costs: bool = True  # spends a request of the caller's plan
     ends_with_terminator: bool = False  # an event stream of this route announces its own end
     asks: str = ""  # the path that is asked upstream; empty: the caller's own
+    websocket: bool = False  # an upgrade, and nothing else
 
 
 def _inference(name: str, dialect: Dialect = Dialect.OPENAI, *, streams: bool = True) -> Endpoint:
@@ -98,6 +99,8 @@ TABLE: tuple[Endpoint, ...] = (
         Dialect.RESPONSES,
         ends_with_terminator=True,
     ),
+    Endpoint("/v1/responses", ("GET",), Body.NONE, Model.OPTIONAL, Dialect.RESPONSES, websocket=True),
+    Endpoint("/v1/realtime", ("GET",), Body.NONE, Model.OPTIONAL, websocket=True),
     _stored("/v1/responses/{rest}", dialect=Dialect.RESPONSES),
     _inference("/v1/messages", Dialect.ANTHROPIC),
     _inference("/v1/messages/count_tokens", Dialect.ANTHROPIC, streams=False),

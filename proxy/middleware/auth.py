@@ -11,7 +11,7 @@ from time import time
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from proxy import identity
+from proxy import handshake, identity
 from proxy.context import CONTEXT, CORE, Context
 from proxy.core import Core
 from proxy.errors import HeadraceError, NotFound
@@ -45,7 +45,7 @@ async def _identify(request: web.Request, ctx: Context, core: Core) -> Principal
     try:
         credential = identity.credential_of(
             fields.getall("Authorization", []),
-            [*fields.getall("x-api-key", []), *fields.getall("api-key", [])],
+            [*fields.getall("x-api-key", []), *fields.getall("api-key", []), *_subprotocols(request, ctx)],
         )
         assert core.authenticator is not None
         principal = await core.authenticator.identify(credential, time())
@@ -54,3 +54,10 @@ async def _identify(request: web.Request, ctx: Context, core: Core) -> Principal
         await core.admission.spend_address(ctx.client_ip)
         raise
     return principal
+
+
+def _subprotocols(request: web.Request, ctx: Context) -> list[str]:
+    """The credentials of a page that opens a WebSocket: it can set no header field of its own."""
+    if ctx.endpoint is None or not ctx.endpoint.websocket:
+        return []
+    return handshake.credentials(request.headers.getall("Sec-WebSocket-Protocol", ()))
