@@ -308,9 +308,7 @@ class Server:
         them visibly."""
         self.core.draining = True
         structlog.get_logger().info("draining", in_flight=len(self.core.running))
-        for ctx in self.core.running:
-            if ctx.left_at is not None:
-                ctx.stop(Reason.DRAINED)  # a shutdown waits for callers, not for their usage
+        self._end_without_caller()
         if self._accepting is not None:
             self._accepting.close()
         if self._runner is not None and self._runner.listener is not None:
@@ -321,6 +319,12 @@ class Server:
         for ctx in list(self.core.running):
             ctx.stop(Reason.DRAINED)
         await self._until_idle(_LAST_WORDS_S, None)
+
+    def _end_without_caller(self) -> None:
+        """A shutdown waits for callers, not for the usage of those who have left."""
+        for ctx in self.core.running:
+            if ctx.left_at is not None:
+                ctx.stop(Reason.DRAINED)
 
     async def _until_none_fresh(self, limit_s: float, hurry: asyncio.Event) -> None:
         """Whoever was accepted before the listener closed has been promised an answer: no other process will
@@ -352,6 +356,7 @@ class Server:
             self._lag.cancel()
         if self._accepting is not None:
             self._accepting.close()
+        self._end_without_caller()
         if self._runner is not None:
             await self._runner.cleanup()
         await self.discard()
