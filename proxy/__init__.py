@@ -72,6 +72,7 @@ data path
     uploads     the body of an upload: no faster than the upstream takes it
     pipe        bytes from upstream to caller
     reshape     answers that are changed on their way
+    hold        answers that have to be here before they are passed on
     tap         what an answer used, heard on its way
     drain_usage the rest of an answer, read for its usage after the caller has left
     attempt     one try at one upstream

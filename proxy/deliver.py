@@ -27,12 +27,13 @@ from proxy.errors import (
     UpstreamInvalid,
     UpstreamTimeout,
 )
-from proxy.pipe import HEARTBEAT, TIMER_SLACK_S, Clocks, Pipe
+from proxy.hold import hold_small, hold_whole
+from proxy.pipe import HEARTBEAT, Clocks, Pipe
 from proxy.pipe import break_off as end_visibly
-from proxy.reshape import WHOLE_LIMIT, Reshape, ReshapedPipe
-from proxy.tap import Tap
+from proxy.reshape import Reshape, ReshapedPipe
+from proxy.tap import Tap, tells_usage
 from proxy.usage import find_in_json
-from proxy.wire import HELD_LIMIT, End
+from proxy.wire import End
 from proxy.wrap import wrap
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class Delivery:
     @property
     def _upstream(self) -> Upstream:
         return self._target.upstream
+
+    @property
+    def _idle_s(self) -> float:
+        return self._upstream.timeouts.idle
 
     # ── before the first byte ────────────────────────────────────────────────────────────────────────────
 
@@ -160,10 +165,10 @@ class Delivery:
     async def _wrapped(self, exchange: Exchange) -> web.StreamResponse:
         """An answer that is no stream, to a caller that asked for one."""
         ctx = self._ctx
-        await self._hold_small(exchange)
+        await hold_small(exchange, self._idle_s, self.total_at)
         body, end = exchange.taken()
         if end is None:
-            body, end = await self._hold_whole(exchange, body)
+            body, end = await hold_whole(exchange, body, self._idle_s, self.total_at)
         if end is End.CUT:
             raise UpstreamCut
         body = answers.checked_body(exchange.status, body)
@@ -182,11 +187,11 @@ class Delivery:
         """An answer that is no stream: small ones are looked at and sent at once, large ones piped."""
         ctx = self._ctx
         ctx.phase = Phase.ANSWER
-        await self._hold_small(exchange)
+        await hold_small(exchange, self._idle_s, self.total_at)
         body, end = exchange.taken()
         rewrite = None if self.reshape is None else self.reshape.rewrite
         if rewrite is not None and end is None:
-            body, end = await self._hold_whole(exchange, body)
+            body, end = await hold_whole(exchange, body, self._idle_s, self.total_at)
         if end is not None:
             if end is End.CUT:
                 raise UpstreamCut
@@ -205,15 +210,17 @@ class Delivery:
         return await self._pipe(exchange, self._tap(exchange, streamed=False), body)
 
     def _tap(self, exchange: Exchange, *, streamed: bool) -> Tap:
-        return Tap(self._ctx, exchange.fields, streamed=streamed, observes=self._observes)
+        return Tap(self._ctx, exchange.fields, streamed=streamed, observes=self._observes(streamed=streamed))
 
-    @property
-    def _observes(self) -> bool:
-        return self._streams.usage != "off"
+    def _observes(self, *, streamed: bool) -> bool:
+        endpoint = self._ctx.endpoint
+        return self._streams.usage != "off" and tells_usage(endpoint, self._request.method, streamed=streamed)
 
     def _usage_of(self, body: bytes) -> Usage | None:
         """Of a whole answer; None: unknown."""
-        return find_in_json(self._ctx.dialect, body) if self._observes and b'"usage"' in body else None
+        if b'"usage"' not in body or not self._observes(streamed=False):
+            return None
+        return find_in_json(self._ctx.dialect, body)
 
     def _at_once(self, whole: WholeAnswer) -> web.Response:
         ctx = self._ctx
@@ -224,30 +231,6 @@ class Delivery:
         ctx.chunks, ctx.bytes_out, ctx.status = 1, len(whole.body), whole.status
         ctx.reason = Reason.UPSTREAM_ERROR if whole.status >= 500 else Reason.COMPLETE
         return response
-
-    async def _hold_small(self, exchange: Exchange) -> None:
-        idle_s = self._upstream.timeouts.idle
-        while not await exchange.hold(HELD_LIMIT, min(exchange.last_at + idle_s, self.total_at)):
-            now = monotonic() + TIMER_SLACK_S
-            if now >= self.total_at:
-                raise UpstreamDeadline
-            if now >= exchange.last_at + idle_s:
-                raise UpstreamTimeout
-
-    async def _hold_whole(self, exchange: Exchange, first: bytes) -> tuple[bytes, End | None]:
-        """For an answer that is rewritten, of whatever size."""
-        body, end = bytearray(first), None
-        while end is None:
-            if len(body) > WHOLE_LIMIT:
-                raise UpstreamInvalid
-            exchange.resume()  # what it held was more than it keeps by itself
-            try:
-                await self._hold_small(exchange)
-            except UpstreamInvalid:
-                raise UpstreamCut from None  # it began well
-            piece, end = exchange.taken()
-            body += piece
-        return bytes(body), end
 
     async def _pipe(self, exchange: Exchange, tap: Tap, first: bytes = b"") -> web.StreamResponse:
         ctx = self._ctx
@@ -271,7 +254,7 @@ class Delivery:
         assert response is not None
         writer = await response.prepare(self._request)
         assert writer is not None
-        clocks = Clocks(self._upstream.timeouts.idle, self.total_at, self._streams.heartbeat, self._write_s)
+        clocks = Clocks(self._idle_s, self.total_at, self._streams.heartbeat, self._write_s)
         parts = (self._ctx, self._request, response, writer, tap.scanner, clocks)
         transform = None
         if self.reshape is not None and tap.scanner is not None:
