@@ -61,7 +61,7 @@ class Ledger:
         self._give_up_at = 0.0
         self._file: LedgerFile | None = None
         self._down = False
-        self._refused_before = 0  # the outage
+        self._refused_before = 0  # until the last batch that was written
         self._look_for_old_at = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -193,7 +193,6 @@ class Ledger:
     def _note_failure(self, error: Exception) -> None:
         if not self._down:
             self._down = True
-            self._refused_before = self._refused
             self._log("error", "ledger_unavailable", database=str(self.path), why=str(error))
 
     def _note_success(self, spoiled: int) -> None:
@@ -203,6 +202,7 @@ class Ledger:
         if self._down:
             self._down = False
             self._log("info", "ledger_available", dropped_rows=self._refused - self._refused_before)
+        self._refused_before = self._refused
 
     def _log(self, level: str, event: str, **fields: Any) -> None:
         """The log belongs to the loop's thread."""
