@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import msgspec
 from aiohttp import web
 
-from proxy import budgets, identity, playground, pricing, proxied
+from proxy import budgets, identity, playground, pricing, proxied, realtime
 from proxy.context import CONTEXT, CORE
 from proxy.core import Core
 from proxy.errors import (
@@ -36,6 +36,8 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
         return await _OURS[endpoint.name](request)
     if request.app[CORE].refusing:
         raise Draining
+    if endpoint.websocket:
+        return await realtime.websocket(request, ctx, endpoint)
     return await proxied.proxy(request, ctx, endpoint)
 
 

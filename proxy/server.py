@@ -47,7 +47,7 @@ _LAST_WORDS_S = 1.0
 #: During drain: for the first request of a connection that has just been accepted.
 _FRESH_S = 1.0
 #: Descriptors that are neither a caller's nor an upstream's connection: log, listeners, loop, databases.
-_SPARE_DESCRIPTORS = 24
+_SPARE_DESCRIPTORS = 32
 
 
 class Server:

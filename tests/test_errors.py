@@ -36,10 +36,20 @@ def descendants(root: type[HeadraceError]) -> list[type[HeadraceError]]:
     return [each for child in root.__subclasses__() for each in (child, *descendants(child))]
 
 
-FIXED = [each for each in descendants(HeadraceError) if each not in (BadRequest, Refused)]
-ALL: list[HeadraceError] = [
-    each(0.0101) if issubclass(each, errors.LimitExceeded) else each() for each in FIXED
-] + [Refused(status) for status in REFUSALS]
+def _made(kind: type[HeadraceError]) -> HeadraceError:
+    if kind is errors.BudgetExceeded:
+        return kind(0.0101, "2026-12-01T00:00:00Z")
+    if issubclass(kind, (errors.LimitExceeded, errors.NoUpstreamAvailable)):
+        return kind(0.0101)
+    return kind()
+
+
+FIXED = [
+    each
+    for each in descendants(HeadraceError)
+    if each not in (BadRequest, Refused) and each.__module__ == "proxy.errors"
+]
+ALL: list[HeadraceError] = [_made(each) for each in FIXED] + [Refused(status) for status in REFUSALS]
 
 
 @pytest.mark.parametrize("kind", FIXED)

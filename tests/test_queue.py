@@ -256,6 +256,7 @@ def two_upstreams(second_url: str) -> dict[str, Any]:
         },
         "models": {"m": {"upstreams": ["dead", "up"]}, "n": {"upstreams": ["up"]}},
         "limits": limits(10),
+        "retry": {},
     }
 
 

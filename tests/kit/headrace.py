@@ -155,7 +155,7 @@ async def _running(
     settings: Mapping[str, Any], push: bool, environ: Mapping[str, str]
 ) -> AsyncIterator[Headrace]:
     parsed = config.parse(yaml.safe_dump(dict(settings)), "test.yaml", environ)
-    _, _ = log.configure(path=None, level="info", text=False)
+    stdout, _ = log.configure(path=None, level="info", text=False)
     sink = ListSink()
     request_log = log.RequestLog(sink, text=False, enabled=True)
     front = Front(parsed, lambda: parsed, sink, request_log, push=push)
@@ -165,6 +165,7 @@ async def _running(
     finally:
         await front.close()
         sink.close()
+        stdout.close()
 
 
 class Command:
