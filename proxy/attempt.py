@@ -147,7 +147,7 @@ class Attempt:
 
     def failed(self, error: UpstreamFailed) -> None:
         self._result = error.result
-        if not isinstance(error, (Answered, UpstreamRefusedUs)):  # `answered` has judged these
+        if not self._has_error_status:
             self._record(outcome_of_error(error))
 
     def delivered(self, reason: Reason | None) -> None:
@@ -159,10 +159,18 @@ class Attempt:
             self._result = "timeout"
         elif reason is Reason.UPSTREAM_CUT:
             self._result = "reset"
+        elif reason is Reason.UPSTREAM_ERROR:
+            self._result = "status"  # an error that calls itself a success
         else:
             self._result = _CANCELLED if reason is Reason.CLIENT_GONE else "ok"
-        if reason in (Reason.UPSTREAM_STALL, Reason.UPSTREAM_CUT):
+        if reason in (Reason.UPSTREAM_STALL, Reason.UPSTREAM_CUT) and not self._has_error_status:
             self._record(Outcome.FAILURE)
+
+    @property
+    def _has_error_status(self) -> bool:
+        """Then `answered` has judged it: what becomes of the body changes nothing, and counts no second
+        time."""
+        return not self._unjudged and self.exchange.status >= 400
 
     def close(self) -> None:
         """Ends the exchange, and gives everything back. A second call does nothing."""

@@ -37,12 +37,13 @@ from proxy.tasks import spawn
 from proxy.wire import HELD_LIMIT
 
 if TYPE_CHECKING:
-    from proxy.admission import Seat
     from proxy.attempt import Job
     from proxy.core import Core
     from proxy.deliver import Delivery
     from proxy.routing import Turns
+    from proxy.seat import Seat
     from proxy.targets import Groups, Target
+    from proxy.upstream import Exchange
 
 
 class Forwarding:
@@ -58,7 +59,8 @@ class Forwarding:
         self._budget = core.retry_budget
         self._account: retry.Account
         self._turns: Turns[Target]
-        self._verdict = retry.Verdict.NO
+        self._verdict = retry.Verdict.AGAIN  # of all failures so far: NO stays NO
+        self._lost: tuple[UpstreamFailed, Target] | None = None  # the last failure
         self._stale = False  # this request has already been repeated because of a stale connection
         self._reached = False
         self._server_errors = 0
@@ -95,31 +97,45 @@ class Forwarding:
     # ── one after the other ──────────────────────────────────────────────────────────────────────────────
 
     async def _attempts(self, job: Job, first: Target) -> web.StreamResponse:
-        lost: tuple[UpstreamFailed, Target] | None = None
         target: Target | None = first
         fresh = False
         while target is not None:
             attempt = self._begin(job, target, fresh=fresh)
+            fresh = False
             if attempt is not None:
                 try:
                     return await self._try(job, attempt)
-                except UpstreamFailed as error:
-                    lost = error, target
+                except UpstreamFailed:
+                    assert self._lost is not None
+                    self._is_with(self._lost[1])
                 if self._ctx.committed or self._verdict is retry.Verdict.NO:
                     break
-            fresh = attempt is not None and self._verdict is retry.Verdict.FRESH
-            if not (fresh and self._account.take()):
-                fresh = False
-                target = await self._next()
-        if lost is None:
+                fresh = self._verdict is retry.Verdict.FRESH and await self._may_repeat(self._lost[1])
+            target = self._lost[1] if fresh and self._lost is not None else await self._next()
+        if self._lost is None:
             raise nobody_available(self._turns)
-        return self._last(*lost)
+        return self._last(*self._lost)
+
+    async def _may_repeat(self, target: Target) -> bool:
+        """At once, on a fresh connection. Of two that raced, the slot of one has been given back."""
+        if monotonic() >= self._total_at or not self._account.take():
+            return False
+        return await self._seat.change(target.upstream)
 
     async def _next(self) -> Target | None:
         """Whom to ask instead, once it may be asked; None: nobody, or there is no budget or time for it."""
+        found = None
+        try:
+            found = await self._find()
+        finally:
+            if found is None:
+                self._account.give_back(reached=False)  # what it took was for nothing
+        return found
+
+    async def _find(self) -> Target | None:
         while (turn := self._turns.next()) is not None:
             target, at = turn
-            if at >= self._total_at or not self._account.take():
+            if max(at, monotonic()) >= self._total_at or not self._account.take():
                 return None
             if await self._seat.change(target.upstream):
                 await self._pause(at, target)
@@ -178,6 +194,7 @@ class Forwarding:
             await self._send(attempt)
             await self._first_byte(attempt)
             attempt.answered()
+            self._reached = self._ctx.reached_upstream = True
             self._account.give_back(reached=True)
             if attempt.exchange.status >= 500:
                 self._server_errors += 1
@@ -201,13 +218,16 @@ class Forwarding:
     def _lose(self, job: Job, attempt: Attempt, error: UpstreamFailed) -> None:
         """Takes down what a failed attempt means for the next one."""
         attempt.failed(error)
+        self._lost = error, attempt.target
         reached = not isinstance(error, UpstreamConnectFailed)
         self._account.give_back(reached=reached)
         self._reached = self._ctx.reached_upstream = self._reached or reached
         now, attempts = monotonic(), self._ctx.attempts
         failure = attempt.failure(job, error, stale_before=self._stale)
-        self._verdict = retry.may_retry(failure, attempts, self._policy)
-        self._stale = self._stale or self._verdict is retry.Verdict.FRESH
+        verdict = retry.may_retry(failure, attempts, self._policy)
+        if self._verdict is not retry.Verdict.NO:  # of two that raced, one may still be generating
+            self._verdict = verdict
+        self._stale = self._stale or verdict is retry.Verdict.FRESH
         left_s = self._total_at - now
         wait_s = retry.wait_s(failure, attempts - 1, self._policy, random.random, left_s)
         self._turns.rest(attempt.target, math.inf if wait_s is None else now + wait_s)
@@ -215,24 +235,33 @@ class Forwarding:
     # ── until the first byte ─────────────────────────────────────────────────────────────────────────────
 
     async def _send(self, attempt: Attempt) -> None:
+        exchange, left_s = attempt.exchange, self._total_at - monotonic()
         try:
-            await attempt.exchange.send()
+            if attempt.upstream.timeouts.connect < left_s:
+                await exchange.send()
+            else:  # only then: it costs 8 us
+                async with asyncio.timeout(left_s):
+                    await exchange.send()
         except HeadraceError:
             raise
+        except TimeoutError:
+            raise UpstreamDeadline from None
         except Exception as error:
             raise translate(error) from error
+        self._reached = self._reached or exchange.pushes  # the public way cannot tell
         self._ctx.reached_upstream = True
-        self._ctx.sent_at = monotonic()
+        self._ctx.sent_at = self._ctx.sent_at or monotonic()  # what came before is our own doing
 
     async def _first_byte(self, attempt: Attempt) -> None:
         """Waits for the answer's own first byte; meanwhile, and only for streams, keeps the caller warm."""
         exchange = attempt.exchange
         first_byte_s = attempt.upstream.timeouts.first_byte
         preamble = 0  # bytes
+        beats = True
         while True:
-            first_byte_at = exchange.asked_at + first_byte_s
-            limit = min(first_byte_at, self._total_at)
-            if await exchange.hold(preamble + 1, min(limit, self._beat_at)):
+            limit = min(exchange.asked_at + first_byte_s, self._total_at)
+            beat_at = self._beat_at if beats else math.inf
+            if await exchange.hold(preamble + 1, min(limit, beat_at)):
                 held, end = exchange.look()
                 preamble = leading(held, preamble)
                 if preamble < len(held) or end is not None or preamble >= HELD_LIMIT:
@@ -241,12 +270,12 @@ class Forwarding:
             now = monotonic() + TIMER_SLACK_S
             if now >= self._total_at:
                 raise UpstreamDeadline
-            if now >= first_byte_at:
+            if now >= exchange.asked_at + first_byte_s:  # an upload that its caller still sends moves it
                 raise UpstreamTimeout
-            if now >= self._beat_at:
-                if exchange.answered and not answers.is_event_stream(exchange.status, exchange.fields):
-                    self._beat_at = math.inf  # its head is here, and is no stream's: 200 would be a lie
-                else:
+            if now >= beat_at:
+                # With a head that is no stream's 200 would be a lie, if it has not been told already.
+                beats = self._delivery.started or not _is_no_stream(exchange)
+                if beats:
                     await self._beat(attempt.target)
 
     async def _beat(self, target: Target) -> None:
@@ -261,7 +290,7 @@ class Forwarding:
         won: Attempt | None = None
         try:
             done, _ = await asyncio.wait(tasks, timeout=job.hedge_after_s)
-            if not done and (hedge := await self._hedge(job)) is not None:
+            if not done and (hedge := await self._hedge(job, race[0].target)) is not None:
                 race.append(hedge)
                 tasks[spawn(self._outcome(job, hedge), "hedge")] = hedge
             won = await _first_to_answer(tasks)
@@ -274,26 +303,37 @@ class Forwarding:
                     attempt.close()
             await self._seat.keep(None if won is None else won.upstream)
 
-    async def _outcome(self, job: Job, attempt: Attempt) -> HeadraceError | None:
+    async def _outcome(self, job: Job, attempt: Attempt) -> Exception | None:
         """The failure as a value: nobody may be left to take an exception."""
         try:
             await self._open(job, attempt)
-        except HeadraceError as error:
+        except (HeadraceError, ConnectionError) as error:  # a caller that leaves is a ConnectionError
             return error
         return None
 
-    async def _hedge(self, job: Job) -> Attempt | None:
-        """An attempt at another upstream, if there is one, and budget and a slot for it."""
+    async def _hedge(self, job: Job, first: Target) -> Attempt | None:
+        """An attempt at another upstream of the same model, if there is one, and budget and a slot for it."""
         turn = self._turns.next()
         if turn is None or self._turns.asked(turn[0]) or self._ctx.attempts >= self._policy.attempts:
             return None
+        target = turn[0]
+        if target.fallback != first.fallback or not job.replayable:
+            return None  # being slow is no reason for another model
         self._account.give_back(reached=True)
-        if not (job.replayable and self._account.take() and await self._seat.add(turn[0].upstream)):
+        if not self._account.take():
             return None
-        return self._begin(job, turn[0])
+        hedge = self._begin(job, target) if await self._seat.add(target.upstream) else None
+        if hedge is None:
+            self._account.give_back(reached=False)
+            await self._seat.keep(None)
+        return hedge
 
 
-async def _first_to_answer(tasks: dict[asyncio.Task[HeadraceError | None], Attempt]) -> Attempt:
+def _is_no_stream(exchange: Exchange) -> bool:
+    return exchange.answered and not answers.is_event_stream(exchange.status, exchange.fields)
+
+
+async def _first_to_answer(tasks: dict[asyncio.Task[Exception | None], Attempt]) -> Attempt:
     """Raises the last failure if all fail."""
     waiting = set(tasks)
     while True:
