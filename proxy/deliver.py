@@ -242,7 +242,9 @@ class Delivery:
                 await self._abort()
                 await self._hear_out(exchange, tap)
         except (asyncio.CancelledError, ConnectionError):
-            if ctx.left_at is None:
+            if ctx.stopped is None and pipe.told_all():
+                ctx.reason = pipe.verdict_of_told()
+            elif ctx.left_at is None:
                 await self._hear_out(exchange, tap)
             raise
         finally:
@@ -307,6 +309,10 @@ class Delivery:
         except TimeoutError:
             self._ctx.reason = Reason.CLIENT_GONE
             return await self._abort()
+        except ConnectionError:
+            if rest:
+                self._ctx.reason = Reason.CLIENT_GONE
+            raise
         return self._response
 
     async def break_off(self, error: HeadraceError) -> web.StreamResponse:

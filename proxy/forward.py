@@ -212,7 +212,9 @@ class Forwarding:
         except UpstreamFailed as error:
             self._lose(job, attempt, error)
             raise
-        attempt.delivered(ctx.reason)
+        finally:
+            if ctx.reason is not None:  # also of a caller that left when it had it all
+                attempt.delivered(ctx.reason)
         return response
 
     def _lose(self, job: Job, attempt: Attempt, error: UpstreamFailed) -> None:

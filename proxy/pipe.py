@@ -104,6 +104,7 @@ class Pipe:
         "_framing",
         "_grace",
         "_loop",
+        "_missed",
         "_response",
         "_resumed_at",
         "_scan",
@@ -149,6 +150,7 @@ class Pipe:
         self._loop = asyncio.get_running_loop()
         self._exchange: Exchange | None = None
         self._ending: Ending | None = None
+        self._missed = False  # the caller did not get what was read last
         self._wake: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._grace: float | None = None  # the moment at which it ends
@@ -184,7 +186,9 @@ class Pipe:
     async def deliver(self, data: bytes) -> None:
         """Pull: the same through aiohttp's writer, which waits for a slow caller by itself."""
         self._observe(data)
+        self._missed = True
         await self._write_patiently(data)
+        self._missed = False
 
     def listen(self, feed: Callable[[bytes], object]) -> None:
         """For an answer that is no event stream: who hears its reads."""
@@ -192,6 +196,7 @@ class Pipe:
 
     def _unheard(self, data: bytes) -> None:
         """It did not reach the caller; the usage may be in it all the same."""
+        self._missed = True
         if self._scan is not None:
             self._scan(data)
 
@@ -371,6 +376,18 @@ class Pipe:
             await self._write_patiently(HEARTBEAT)
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def told_all(self) -> bool:
+        """Has the caller been given a stream to its terminator? SDKs leave then, without waiting for the end
+        of the body (openai-python and openai-node, measured)."""
+        if self._scanner is not None and self._scanner.catch_up():
+            self._landmark(monotonic())
+        return self._grace is not None and not self._missed and not self._blocked and not self.held()
+
+    def verdict_of_told(self) -> Reason:
+        """Of a stream that the caller left when it had it all."""
+        assert self._scanner is not None
+        return Reason.UPSTREAM_ERROR if self._scanner.in_band_error() else Reason.COMPLETE
 
     def verdict(self) -> Reason:
         """What the ending means (contract section 6, rules 2 and 3)."""

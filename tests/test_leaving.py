@@ -340,3 +340,21 @@ async def test_leaving_is_no_error(leave: Leave, capfd: pytest.CaptureFixture[st
         await until(lambda: len(headrace.log_lines()) == 400)
         assert [line["reason"] for line in headrace.log_lines()] == ["client_gone"] * 400
     assert '"level":"error"' not in capfd.readouterr().out
+
+
+@both
+@pytest.mark.parametrize("leave", [Caller.leave, Caller.reset], ids=["fin", "rst"])
+async def test_after_the_terminator(way: Way, leave: Leave) -> None:
+    """SDKs leave at [DONE] without waiting for the end of the body: they have it all."""
+    async with lab(plays(HEAD, chunk(A), chunk(DONE), hold), way) as it:
+        caller = await Caller.connect(it.port)
+        await caller.send(chat())
+        answer = await caller.head()
+        while not answer.body.endswith(DONE):
+            await caller.piece(answer)
+        leave(caller)
+        line = await it.ended("complete")
+        assert line["status"] == 200
+        samples = await it.headrace.metrics()
+        assert samples['headrace_upstream_attempts_total{upstream="up",result="ok"}'] == 1
+        assert not any("client_disconnects_total{" in name for name in samples)

@@ -40,7 +40,7 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         ctx.reason = ctx.reason or Reason.CLIENT_GONE
         raise
     except ConnectionError:
-        ctx.reason = Reason.CLIENT_GONE  # a write to a connection that has just closed
+        ctx.reason = ctx.reason or Reason.CLIENT_GONE  # a write to a connection that has just closed
         raise
     finally:
         core.running.discard(ctx)
