@@ -146,7 +146,14 @@ TABLE: tuple[Endpoint, ...] = (
 )
 
 #: What `/static/{file}` stands for: a closed list, so that a path is never the name of a file.
-PAGE_FILES = ("playground.css", "playground.js", "stream-client.js", "use-chat-stream.js")
+PAGE_FILES = (
+    "playground.css",
+    "playground.js",
+    "playground-figures.js",
+    "playground-snippets.js",
+    "stream-client.js",
+    "use-chat-stream.js",
+)
 
 # One segment: unreserved and sub-delims of RFC 3986, and percent escapes that neither decode to a path
 # separator, a dot, a percent sign nor a control character.
