@@ -57,7 +57,7 @@ def svg(first_day: int, days: int, costs: Mapping[tuple[int, str], int]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" class="spend" viewBox="0 0 {_WIDTH} {_HEIGHT}"'
         f' width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-labelledby="spend-title spend-desc">',
         f'<title id="spend-title">Spend a day, {period}</title>',
-        f'<desc id="spend-desc">{escape(_described(drawn, whole, period))}</desc>',
+        f'<desc id="spend-desc">{_text(_described(drawn, whole, period))}</desc>',
         f"<style>{_style()}</style>",
         f'<rect class="paper" width="{_WIDTH}" height="{_HEIGHT}" rx="12"/>',
         f'<text class="head" x="{_LEFT - 44}" y="44">{_dollars(whole)}</text>',
@@ -173,12 +173,17 @@ def _legend(drawn: Sequence[Series]) -> Iterator[str]:
         if x > _LEFT and x + width > _WIDTH - _RIGHT:
             x, y = float(_LEFT - 44), y + 18
         yield (
-            f'<g transform="translate({x:.0f} {y:.0f})"><title>{escape(series.name)}</title>'
+            f'<g transform="translate({x:.0f} {y:.0f})"><title>{_text(series.name)}</title>'
             f'<rect class="{_class(series, at)}" y="-9" width="10" height="10" rx="2.5"/>'
-            f'<text x="16"><tspan class="name">{escape(name)}</tspan>'
+            f'<text x="16"><tspan class="name">{_text(name)}</tspan>'
             f'<tspan class="sum" dx="6">{cost}</tspan></text></g>'
         )
         x += width
+
+
+def _text(words: str) -> str:
+    """Control characters are none of XML's, however they are written (XML 1.0, section 2.2)."""
+    return escape("".join(each if each.isprintable() or each == "\n" else "?" for each in words))
 
 
 def _shortened(name: str) -> str:
@@ -207,7 +212,7 @@ def _bars(drawn: Sequence[Series], first_day: int, days: int, top: int) -> Itera
         words = [f"{_short(first_day + day)}: {_dollars(sum(s.picos[day] for _, s in parts))}"]
         words += [f"{series.name} {_dollars(series.picos[day])}" for _, series in parts]
         # The band under the pointer is the whole day: a small bar can be asked too.
-        yield f'<g class="day"><title>{escape(chr(10).join(words))}</title>'
+        yield f'<g class="day"><title>{_text(chr(10).join(words))}</title>'
         yield f'<rect class="band" x="{left:.1f}" y="{_TOP}" width="{slot:.1f}" height="{_PLOT_HEIGHT}"/>'
         below = 0
         for place, (at, series) in enumerate(parts):

@@ -176,7 +176,9 @@ def table(rows: Sequence[Line], by: Sequence[str], whole: Sums, *, baseline: boo
 
 
 def _head(name: str) -> str:
-    return name.replace("_usd", " USD").replace("_percent", " %").replace("_", " ")
+    """Short: a table with everything has to fit a terminal."""
+    short = name.removesuffix("_tokens").replace("list_cost", "list")
+    return short.replace("_usd", " USD").replace("_percent", " %")
 
 
 def _shown(columns: Mapping[str, _Cell], sums: Sums) -> list[str]:
