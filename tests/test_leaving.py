@@ -356,5 +356,5 @@ async def test_after_the_terminator(way: Way, leave: Leave) -> None:
         line = await it.ended("complete")
         assert line["status"] == 200
         samples = await it.headrace.metrics()
-        assert samples['headrace_upstream_attempts_total{upstream="up",result="ok"}'] == 1
+        assert samples['headrace_upstream_attempts_total{result="ok",upstream="up"}'] == 1
         assert not any("client_disconnects_total{" in name for name in samples)
