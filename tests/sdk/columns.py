@@ -51,9 +51,8 @@ def pin(sdk: str) -> Path:
 
 
 def pinned_version(sdk: str) -> str:
-    """The exact version that the pin asks for."""
+    """The exact version that the pin asks for; of several packages, all of them."""
     file = pin(sdk)
     if file.name == "requirements.txt":
         return file.read_text().strip().partition("==")[2]
-    (version,) = json.loads(file.read_text())["dependencies"].values()
-    return str(version)
+    return " ".join(json.loads(file.read_text())["dependencies"].values())

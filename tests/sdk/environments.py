@@ -35,7 +35,7 @@ class Environments:
 
     def command(self, column: Column) -> tuple[list[str], Path]:
         """The words that run this column's driver, and where: its environment is made if it is not there."""
-        home = self._ready(column.sdk)
+        home = self.home(column.sdk)
         if column.words:
             return [str(home / "bin" / "python"), "-I", str(column.driver)], home
         # Node finds packages from where a script lies, not from where it is run.
@@ -43,9 +43,14 @@ class Environments:
         fresh = script.with_suffix(f".{os.getpid()}.mjs")
         shutil.copyfile(column.driver, fresh)
         fresh.replace(script)
-        return [str(_node(self._ready(NODE))), str(script)], home
+        return [str(self.node()), str(script)], home
 
-    def _ready(self, sdk: str) -> Path:
+    def node(self) -> Path:
+        """Node, the program itself."""
+        return _node(self.home(NODE))
+
+    def home(self, sdk: str) -> Path:
+        """The folder of a pin, with everything installed. Raises Unavailable."""
         if sdk in self._failed:
             raise Unavailable(self._failed[sdk])
         try:
@@ -68,7 +73,7 @@ class Environments:
         if pin(sdk).name == "package.json":
             home.mkdir()
             shutil.copy(pin(sdk), home)
-            npm = [str(_node(self._ready(NODE))), str(_npm(self._ready(NODE)))]
+            npm = [str(self.node()), str(_npm(self.home(NODE)))]
             flags = ["--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
             _run(sdk, [*npm, "install", *flags], home)
             return
