@@ -274,7 +274,7 @@ class Forwarding:
                 raise UpstreamDeadline
             if now >= exchange.asked_at + first_byte_s:  # an upload that its caller still sends moves it
                 raise UpstreamTimeout
-            if now >= beat_at:
+            if beats and now >= self._beat_at:  # the other of two that race may have beaten
                 # With a head that is no stream's 200 would be a lie, if it has not been told already.
                 beats = self._delivery.started or not _is_no_stream(exchange)
                 if beats:
