@@ -35,6 +35,7 @@ rules (no I/O, no clock of their own)
     socket_events  what the messages of a WebSocket session say
 resources
     listen      listening sockets
+    downlink    what the kernel knows of a caller's connection
     log         the request line, and a sink that never blocks
     metrics     every metric, named once
     tasks       the one way to start a background task
@@ -90,6 +91,7 @@ web
     proxied     requests that go upstream: body, model, cost, place
     realtime    WebSocket sessions: who may open one, with which model
     playground  the page that tries models out, and the browser client
+    probe_stream  events that cost nothing, to test a public chain
     handlers    the routes, and what is answered here
     downstream  the listening side
     admin_keys  the keys on the admin listener

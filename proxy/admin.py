@@ -97,7 +97,9 @@ class _Routes:
         return _json(200, await self._operations.state())
 
     async def streams(self, _: web.Request) -> web.Response:
-        return _json(200, {"streams": await self._operations.streams()})
+        streams = await self._operations.streams()
+        _number_the_queue(streams)
+        return _json(200, {"streams": streams})
 
     async def kill(self, request: web.Request) -> web.Response:
         if await self._operations.kill(request.match_info["id"]):
@@ -117,6 +119,16 @@ class _Routes:
         except (ConfigError, OperationError) as refused:
             return _error(409, "restart_failed", {}, str(refused))
         return _json(200, {"pid": pid})
+
+
+def _number_the_queue(streams: list[dict[str, Any]]) -> None:
+    """`queue_place`: 1 for whoever waits longest, over all workers and plans; None for who does not wait. The
+    order of arrival, not of service: plans share the queue by weight, and a full upstream is passed by."""
+    waiting = sorted((each for each in streams if each["phase"] == "queue"), key=lambda each: -each["age_s"])
+    for stream in streams:
+        stream["queue_place"] = None
+    for place, stream in enumerate(waiting, 1):
+        stream["queue_place"] = place
 
 
 def _json(status: int, document: dict[str, Any]) -> web.Response:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from proxy import downlink
 from proxy.errors import Dialect, Reason
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Context:
     but uvloop rounds it to milliseconds); None: not reached."""
 
     __slots__ = (
+        "_acked_before",
+        "_transport",
         "allowance",
         "asked_tokens",
         "attempts",
@@ -117,6 +120,13 @@ class Context:
         self.asked_tokens = 0  # of the prompt, estimated
         self.cost_picos: int | None = None  # 1e-12 USD; None: not known
         self.list_cost_picos: int | None = None
+        self._transport: asyncio.BaseTransport | None = None  # the caller's connection
+        self._acked_before: int | None = None  # bytes that it took for earlier requests
+
+    def goes_out_by(self, transport: asyncio.BaseTransport | None) -> None:
+        """The connection that operators see the progress of."""
+        self._transport = transport
+        self._acked_before = downlink.acked_bytes(transport)
 
     @property
     def route(self) -> str:
@@ -130,7 +140,7 @@ class Context:
         return None if self.committed and self.status < 400 else 0
 
     def describe(self, now: float) -> dict[str, Any]:
-        """What an operator sees of it. Ages are seconds."""
+        """What an operator sees of it. Ages are seconds; what `downlink` does not know is None."""
         return {
             "id": self.stream_id,
             "request_id": self.request_id,
@@ -144,6 +154,18 @@ class Context:
             if self.first_token_at is None
             else round(self.first_token_at - self.started_at, 3),
             "client_ip": self.client_ip,
+            **self._progress(now),
+        }
+
+    def _progress(self, now: float) -> dict[str, Any]:
+        seen = None if self._acked_before is None else downlink.look(self._transport)
+        if seen is None or self._acked_before is None:
+            return {"bytes_out": None, "idle_s": None, "buffered_bytes": None}
+        idle_s = min(seen.idle_s, now - self.started_at)  # what was sent before was another request's
+        return {
+            "bytes_out": seen.acked_bytes - self._acked_before,
+            "idle_s": round(idle_s, 3),
+            "buffered_bytes": seen.waiting_bytes,
         }
 
     def stop(self, reason: Reason) -> None:

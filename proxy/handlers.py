@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from time import monotonic, time
+from time import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import msgspec
 from aiohttp import web
 
-from proxy import budgets, identity, playground, pricing, proxied, realtime
+from proxy import budgets, identity, playground, pricing, probe_stream, proxied, realtime
 from proxy.context import CONTEXT, CORE
 from proxy.core import Core
 from proxy.errors import (
@@ -36,6 +36,7 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
         return await _OURS[endpoint.name](request)
     if request.app[CORE].refusing:
         raise Draining
+    ctx.goes_out_by(request.transport)
     if endpoint.websocket:
         return await realtime.websocket(request, ctx, endpoint)
     return await proxied.proxy(request, ctx, endpoint)
@@ -130,22 +131,6 @@ async def health(_request: web.Request) -> web.Response:
     return _json({"status": "ok", "timestamp": datetime.now(UTC).isoformat()})
 
 
-async def health_stream(request: web.Request) -> web.StreamResponse:
-    """One event, so that a public chain can be tested without spending anything."""
-    fields = {
-        "Content-Type": "text/event-stream; charset=utf-8",
-        "Cache-Control": "no-cache, no-transform",
-        "X-Accel-Buffering": "no",
-    }
-    response = web.StreamResponse(headers=fields)
-    await response.prepare(request)
-    if request.method != "HEAD":
-        now = monotonic()
-        await response.write(b"data: " + msgspec.json.encode({"status": "ok", "clock": now}) + b"\n\n")
-    await response.write_eof()
-    return response
-
-
 def _json(document: dict[str, Any]) -> web.Response:
     return web.Response(body=msgspec.json.encode(document), content_type="application/json")
 
@@ -160,5 +145,5 @@ _OURS = {
     "/": playground.serve,
     "/static/{file}": playground.serve,
     "/health": health,
-    "/api/health/stream": health_stream,
+    "/api/health/stream": probe_stream.answer,
 }
