@@ -53,9 +53,8 @@ async def events_of(case: str) -> list[bytes]:
     stream = (await from_the_mock(asked)).body
     end = b"\r\n\r\n" if b"\r" in stream else b"\n\n"
     events = [each + end for each in stream.split(end)[:-1]]
-    while events[0].startswith(b":"):
-        events[:2] = [events[0] + events[1]]
-    return events
+    begins = next(number for number, event in enumerate(events) if not event.startswith(b":"))
+    return [b"".join(events[: begins + 1]), *events[begins + 1 :]]
 
 
 class OneByOne:
