@@ -154,7 +154,7 @@ async def running(
 async def _running(
     settings: Mapping[str, Any], push: bool, environ: Mapping[str, str]
 ) -> AsyncIterator[Headrace]:
-    parsed = config.parse(yaml.safe_dump(dict(settings)), "test.yaml", environ)
+    parsed = config.parse(yaml.safe_dump(dict(settings), sort_keys=False), "test.yaml", environ)
     stdout, _ = log.configure(path=None, level="info", text=False)
     sink = ListSink()
     request_log = log.RequestLog(sink, text=False, enabled=True)
