@@ -58,6 +58,11 @@ _PASSING_OS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE
 class NewerLedger(Exception):
     """The file was made by a Headrace that knows more than this one."""
 
+    def __init__(self, version: int) -> None:
+        super().__init__(
+            f"it was made by a newer Headrace (ledger of version {version}, this one knows {VERSION})"
+        )
+
 
 class LedgerFile:
     """An open connection; belongs to one thread."""
@@ -154,10 +159,7 @@ def check(path: Path) -> Exception | None:
         with closing(LedgerFile(path)):
             return None
     except NewerLedger as newer:
-        raise StartError(
-            f"ledger.database: {path} was made by a newer Headrace (ledger of version {newer}, this one "
-            f"knows {VERSION}): upgrade, or name another file"
-        ) from None
+        raise StartError(f"ledger.database: {path}: {newer}: upgrade, or name another file") from None
     except OSError as error:
         if error.errno in _PASSING_OS:
             return error

@@ -8,18 +8,16 @@ readers never wait for a writer.
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import quote
 
 import msgspec
 
+from proxy import sqlitefile
 from proxy.errors import StartError
 from proxy.identity import KeyRecord
 from proxy.keystore.base import (
@@ -59,8 +57,8 @@ class SqliteKeys:
 
     def __init__(self, path: Path) -> None:
         """A relative path is relative to the working directory of this moment."""
-        self.path = Path("/" + str(path.absolute()).lstrip("/"))  # `//x` would be a host in a file: URI
-        self._uri = f"file:{quote(str(self.path))}?mode=rw"
+        self.path = sqlitefile.path_of(str(path))
+        self._uri = sqlitefile.uri(self.path, "mode=rw")
 
     async def prepare(self) -> None:
         await asyncio.to_thread(self._prepare)
@@ -131,15 +129,8 @@ class SqliteKeys:
             )
 
     def _create_file(self) -> None:
-        """Mode 0600 from its first moment. SQLite gives its -wal and -shm files the mode of the database.
-
-        An existing file is not even opened: closing it would drop the locks that SQLite holds on it elsewhere
-        in this process (sqlite.org/howtocorrupt.html section 2.2).
-        """
         try:
-            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        except FileExistsError:
-            return
+            sqlitefile.create_private(self.path)
         except FileNotFoundError:
             raise StartError(
                 f"auth.database: the folder {self.path.parent} does not exist: make it, or name another file"
@@ -151,17 +142,8 @@ class SqliteKeys:
             ) from None
 
     def _switch_to_wal(self) -> None:
-        """Several processes may start at once, and this switch does not wait for others by itself."""
-        deadline = time.monotonic() + _BUSY_S
-        while True:
-            try:
-                with closing(sqlite3.connect(self._uri, uri=True, timeout=_BUSY_S)) as connection:
-                    connection.execute("PRAGMA journal_mode = WAL")
-                    return
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        with closing(sqlite3.connect(self._uri, uri=True, timeout=_BUSY_S)) as connection:
+            sqlitefile.switch_to_wal(connection, _BUSY_S)
 
     def _explain(self, error: Exception) -> str:
         cause = error.__cause__ if isinstance(error, KeyStoreFailed) else error
