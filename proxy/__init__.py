@@ -38,6 +38,7 @@ resources
     downlink    what the kernel knows of a caller's connection
     log         the request line, and a sink that never blocks
     metrics     every metric, named once
+    footprint   what a process costs: memory, descriptors, CPU time, collections
     tasks       the one way to start a background task
     control     the channel between processes
     sender      a body that is sent piece by piece, while its answer may be coming
@@ -109,6 +110,8 @@ composition
     cli_admin   what the commands ask of a running server
     cli_keys    the commands about keys and tokens
     cli_usage   the command about tokens and money
+    top         the running requests as a table
+    cli_tools   the commands of who operates it
     cli         the commands
 beside
     mock_behaviour  how the mock upstream answers: one field a fault

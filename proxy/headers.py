@@ -88,6 +88,10 @@ _RESPONSE_DROP = HOP_BY_HOP | {
 _MINTED = f"req_{os.urandom(10).hex()}"
 _numbers = itertools.count(1)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+#: No id is zero; a version after 00 may have fields behind the flags (W3C Trace Context, section 3.2).
+_TRACEPARENT = re.compile(
+    r"(?!ff|00.{54})[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?"
+)
 _FORBIDDEN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
@@ -96,6 +100,12 @@ def request_id(offered: str | None) -> str:
     if offered is not None and _REQUEST_ID.fullmatch(offered):
         return offered
     return f"{_MINTED}{next(_numbers):x}"
+
+
+def trace_id(traceparent: str | None) -> str | None:
+    """The trace that a caller's `traceparent` names; None unless that is valid."""
+    found = _TRACEPARENT.fullmatch(traceparent) if traceparent is not None else None
+    return None if found is None else found["trace"]
 
 
 def _named_by_connection(fields: RawHeaders) -> frozenset[bytes]:

@@ -4,7 +4,7 @@ Lines are collected in memory and written by one thread in batches: a full disk,
 terminal costs lines (counted in `dropped`), never a stream. Rare lines pass structlog's processors; the one
 line a request is a Struct that msgspec renders (1 us where a processor chain takes 10).
 
-Never in a line: a header value other than the request id, a query string, anything of a body.
+Never in a line: a header value other than the two ids (request, trace), a query string, anything of a body.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class RequestLine(msgspec.Struct):
     cost_usd: str | None
     client_ip: str
     error: str | None = None  # our error code, if we made the answer
+    trace_id: str | None = None  # of the caller's traceparent
 
 
 def refusal_line(status: int, code: str, reason: str, request_id: str, peer: str) -> RequestLine:

@@ -202,6 +202,7 @@ class Metrics:
         self.log_dropped = Counter("log_lines_dropped_total", "Log lines that no sink took.")
         self.config_reloads = Counter("config_reloads_total", "Reloads by result.", ("result",))
         self.workers_replaced = Counter("workers_replaced_total", "Workers that died or hung.")
+        self._measure_processes()
         self.state_store_up.set((), 1)
         for result in ("ok", "error"):
             self.config_reloads.add((result,), 0)
@@ -212,6 +213,22 @@ class Metrics:
             metric.add((), 0)
         for metric in (self.ledger_rows, self.ledger_pending, self.ledger_dropped):
             metric.add((), 0)
+
+    def _measure_processes(self) -> None:
+        """What `footprint` shows."""
+        self.gc_pause = Histogram(
+            "gc_pause_seconds", "Garbage collections: how long each stopped its process.", (), _OVERHEAD
+        )
+        self.gc_collections = Counter(
+            "gc_collections_total", "Garbage collections, of all processes.", ("generation",)
+        )
+        self.cpu_seconds = Counter("process_cpu_seconds_total", "CPU time, of all processes together.")
+        self.resident_memory = Gauge("process_resident_memory_bytes", "Memory, of all processes together.")
+        self.open_fds = Gauge("process_open_fds", "File descriptors, of all processes together.")
+        self.open_fds_ratio = Most(
+            "process_open_fds_ratio", "File descriptors of their limit, in the process with the least left."
+        )
+        self.workers = Gauge("workers", "Processes that serve or drain.")
 
     def show_ledger(self, ledger: RowSink) -> None:
         """The figures of the way that rows take from here."""

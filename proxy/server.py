@@ -7,7 +7,6 @@ This module and `supervisor.py` are the only ones that construct the others' obj
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import socket
 import ssl
@@ -25,6 +24,7 @@ from proxy.context import CONTEXT, CORE, Context, Phase
 from proxy.core import Core
 from proxy.downstream import LINGER_S, Limits, Runner
 from proxy.errors import HeadraceError, Reason, StartError
+from proxy.footprint import Footprint, open_files
 from proxy.intake import no_expectation
 from proxy.ledger_row import RowSink
 from proxy.listen import BACKLOG
@@ -75,6 +75,7 @@ class Server:
         self._prepared: Prepared | None = None
         self._accepting: asyncio.Server | None = None
         self.metrics = Metrics(__version__)
+        self._footprint = Footprint(self.metrics)
         self.core = Core(settings, {}, self.metrics, request_log, time.time())
         self.core.ledger = ledger
 
@@ -117,6 +118,7 @@ class Server:
             ssl_handshake_timeout=settings.timeouts.header if self._tls else None,
         )
         self._lag = spawn(self._measure_lag(), "event loop lag")
+        self._footprint.start()
 
     async def _start_admission(self, settings: config.Config, make_slots: MakeSlots | None) -> None:
         limits = settings.limits
@@ -201,6 +203,8 @@ class Server:
         self._show_upstreams()
         metrics.log_dropped.values[()] = self._sink.dropped
         metrics.show_ledger(self.core.ledger)
+        metrics.workers.set((), 1)
+        self._footprint.show()
         if self._room is not None:
             show_depths(metrics, self.core.config, self._room.depths())
         return metrics.snapshot()
@@ -352,6 +356,7 @@ class Server:
 
     async def close(self) -> None:
         """Closes the listener, the upstreams, the mock."""
+        self._footprint.stop()
         if self._lag is not None:
             self._lag.cancel()
         if self._accepting is not None:
@@ -453,8 +458,3 @@ def connections_that_fit(settings: config.Config) -> int:
         )
     structlog.get_logger().warning("max_connections_lowered", to=fits, file_descriptors=soft)
     return fits
-
-
-def open_files() -> int:
-    """File descriptors of this process; the one that lists them is not counted."""
-    return len(os.listdir("/proc/self/fd")) - 1

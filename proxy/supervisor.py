@@ -22,10 +22,10 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from proxy import __version__, accounting, admin, config, listen
+from proxy import __version__, accounting, admin, config, footprint, listen
 from proxy.admin_keys import AdminKeys
 from proxy.control import ControlError
-from proxy.crew import Crew, ask
+from proxy.crew import Crew
 from proxy.downstream import Limits, Runner
 from proxy.errors import OperationError, StartError
 from proxy.handover import Heir, Inheritance, inherited, take_over
@@ -46,11 +46,6 @@ from proxy.workers import LocalWorker, RemoteWorker, Worker, encode_settings
 from proxy.yamlstruct import ConfigError
 
 _ADMIN_CONNECTIONS = 100
-_NOT_NOW = "cannot change while running: use `headrace restart`"
-#: What a reload cannot change, because it is bound or built once.
-_FIXED = ("listen", "admin", "workers", "log", "admin_token")
-
-_FIXED_LIMITS = ("store", "on_store_failure")
 
 
 class Front:
@@ -251,6 +246,7 @@ class Front:
             show_depths(self._metrics, self.settings, self._room.depths())
             total.ledger_pending.add((), self._ledger.pending)
             total.ledger_dropped.add((), self._ledger.dropped)
+            footprint.show(total)  # with one worker this process is shown by its server
         total.absorb(self._metrics.snapshot(), levels=True)
         for snapshot in await self._crew.snapshots():
             total.absorb(snapshot, levels=True)
@@ -281,35 +277,15 @@ class Front:
 
     async def _reload(self) -> None:
         settings = self._load()
-        self._check_fixed(settings)
-        workers = list(self._crew.workers)
-        try:
-            for worker in workers:
-                await worker.prepare(settings)
-        except (ControlError, StartError, OSError, ValueError) as error:
-            await ask(workers, lambda worker: worker.discard())
-            raise StartError(f"nothing was changed: {error}") from error
+        config.check_fixed(self.settings, settings)
+        workers = await self._crew.prepare(settings)
         if self._room is not None:
             queue = settings.limits.queue
             self._room.max_waiting, self._room.max_wait_s = queue.max_waiting, queue.max_wait
         self.settings = settings  # a worker that dies now comes back with the new one
         self._drain_s = settings.drain
         self._ledger.keep_days = settings.ledger.keep_days
-        for worker in workers:
-            try:
-                await worker.commit()
-            except ControlError:
-                self._give_up(worker)
-
-    def _check_fixed(self, settings: config.Config) -> None:
-        """Raises ConfigError for a change that only a restart can make."""
-        for section, names in (("", _FIXED), ("limits", _FIXED_LIMITS), ("ledger", ("database",))):
-            new, old = (getattr(each, section) if section else each for each in (settings, self.settings))
-            for name in names:
-                if getattr(new, name) != getattr(old, name):
-                    raise ConfigError(settings.source, f"{section}.{name}".strip("."), _NOT_NOW)
-        if (settings.tls is None) != (self.settings.tls is None):
-            raise ConfigError(settings.source, "tls", _NOT_NOW)
+        await self._crew.commit(workers, self._give_up)
 
     # ── restart ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -419,25 +395,6 @@ class Front:
 
     def admin_address(self) -> str:
         return listen.url(self.settings.admin_address, self.admin_port, "http")
-
-    def banner(self) -> str:
-        """What a newcomer needs first."""
-        base, names = self.address(), list(self.settings.models)
-        model = next((name for name in names if "*" not in name and "?" not in name), "…")
-        body = f'{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Hello"}}]}}'
-        unix = self.settings.listen_address.unix_path
-        flag = f"--unix-socket {unix} " if unix else ""
-        return "\n".join(
-            [
-                f"headrace {__version__}, configuration: {self.settings.source}",
-                f"  data   {base}/v1",
-                f"  admin  {self.admin_address()}/metrics",
-                f"  models {', '.join(names)}",
-                "",
-                f"  curl -N {flag}{base}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
-                "",
-            ]
-        )
 
 
 class _AsWorker(LocalWorker):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import signal
@@ -20,6 +21,7 @@ from prometheus_client.openmetrics import parser as open_parser
 from prometheus_client.samples import Sample
 
 from tests.kit.callers import Answer, Caller, ask, chat
+from tests.kit.fleet import descriptors, fleet, resident
 from tests.kit.headrace import Headrace, command, running, settings_for, until
 from tests.kit.upstreams import DONE, END, HEAD, Call, chunk, event, scripted
 
@@ -53,6 +55,13 @@ METRICS = {
     "headrace_ledger_dropped": ("counter", set()),
     "headrace_start_time_seconds": ("gauge", set()),
     "headrace_event_loop_lag_seconds": ("histogram", set()),
+    "headrace_gc_pause_seconds": ("histogram", set()),
+    "headrace_gc_collections": ("counter", {"generation"}),
+    "headrace_process_cpu_seconds": ("counter", set()),
+    "headrace_process_resident_memory_bytes": ("gauge", set()),
+    "headrace_process_open_fds": ("gauge", set()),
+    "headrace_process_open_fds_ratio": ("gauge", set()),
+    "headrace_workers": ("gauge", set()),
     "headrace_build_info": ("gauge", {"version"}),
     "headrace_log_lines_dropped": ("counter", set()),
     "headrace_workers_replaced": ("counter", set()),
@@ -100,6 +109,7 @@ LINE = {
     "cost_usd",
     "client_ip",
     "error",
+    "trace_id",
 }
 
 
@@ -159,6 +169,7 @@ async def test_names_kinds_and_labels() -> None:
         caller.leave()
         await headrace.quiet()
         await until(lambda: bool(headrace.server.metrics.event_loop_lag.values))
+        gc.collect()
         answer = await fetch(headrace.front.admin_port, "/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     families = {family.name: family for family in parser.text_string_to_metric_families(answer.body.decode())}
@@ -239,6 +250,31 @@ async def test_gaps_are_counted() -> None:
         chunks = headrace.log_lines()[0]["chunks"]
         assert await total(headrace, "headrace_inter_chunk_seconds_count", upstream="up") == chunks - 1
         assert await total(headrace, "headrace_inter_chunk_seconds_sum") >= 0.04
+
+
+async def test_what_the_processes_cost(tmp_path: Path) -> None:
+    """Memory, descriptors, CPU time and collections are those of all processes together."""
+    async with fleet(tmp_path, {**settings_for("mock:"), "workers": 2}) as it:
+        pids = [it.pid, *await it.settle(2)]
+        page = await it.metrics()
+        assert page["headrace_workers"] == 2
+        memory, files = sum(map(resident, pids)), sum(map(descriptors, pids))
+        assert 0.8 * memory < page["headrace_process_resident_memory_bytes"] < 1.2 * memory
+        assert files - 10 < page["headrace_process_open_fds"] < files + 10
+        assert 0 < page["headrace_process_open_fds_ratio"] < 0.5
+        assert page["headrace_process_cpu_seconds_total"] > 0.1
+        assert page['headrace_gc_collections_total{generation="0"}'] > 0
+
+
+async def test_collections_are_timed() -> None:
+    """Each one once, and none after the end."""
+    async with running(settings_for("mock:")) as headrace:
+        before = await total(headrace, "headrace_gc_pause_seconds_count")
+        for _ in range(3):
+            gc.collect()
+        assert await total(headrace, "headrace_gc_pause_seconds_count") >= before + 3
+        hooks = len(gc.callbacks)
+    assert len(gc.callbacks) == hooks - 1
 
 
 async def test_openmetrics() -> None:
@@ -409,6 +445,16 @@ async def test_log_to_standard_output(tmp_path: Path) -> None:
     assert [document["event"] for document in documents] == ["request", "draining"]
     assert set(documents[0]) == LINE
     assert {"ts", "level", "event"} <= set(documents[1])
+
+
+async def test_the_callers_trace_is_in_the_line() -> None:
+    """A valid traceparent joins the line to the caller's trace; anything else is not repeated."""
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    async with running(settings_for("mock:")) as headrace:
+        for value in (f"00-{trace}-b7ad6b7169203331-01", "canary"):
+            assert (await ask(headrace.port, chat(f"traceparent: {value}"))).status == 200
+        await until(lambda: len(headrace.log_lines()) == 2)
+        assert [line["trace_id"] for line in headrace.log_lines()] == [trace, None]
 
 
 @pytest.mark.parametrize(("level", "count"), [("info", 1), ("warning", 0)])

@@ -148,6 +148,34 @@ def test_client_ip_never_fails(peer: str | None, forwarded: list[str]) -> None:
     assert found == "unix" or ipaddress.ip_address(found)
 
 
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+@pytest.mark.parametrize(
+    ("offered", "found"),
+    [
+        (f"00-{TRACE}-b7ad6b7169203331-01", TRACE),
+        (f"00-{TRACE}-b7ad6b7169203331-00", TRACE),
+        (f"cc-{TRACE}-b7ad6b7169203331-01", TRACE),
+        (f"cc-{TRACE}-b7ad6b7169203331-01-what-comes", TRACE),
+        (f"cc-{TRACE}-b7ad6b7169203331-01.what", None),
+        (f"00-{TRACE}-b7ad6b7169203331-01-what-comes", None),
+        (f"ff-{TRACE}-b7ad6b7169203331-01", None),
+        (f"00-{'0' * 32}-b7ad6b7169203331-01", None),
+        (f"00-{TRACE}-{'0' * 16}-01", None),
+        (f"00-{TRACE.upper()}-b7ad6b7169203331-01", None),
+        (f" 00-{TRACE}-b7ad6b7169203331-01", None),
+        (f"00-{TRACE}-b7ad6b7169203331-01\n", None),
+        (TRACE, None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_trace_id(offered: str | None, found: str | None) -> None:
+    """Only a whole and valid field names a trace."""
+    assert headers.trace_id(offered) == found
+
+
 def test_value_of() -> None:
     """The first of a name, in any case."""
     fields = [(b"A", b"1"), (b"Content-Type", b"2"), (b"content-type", b"3")]

@@ -11,6 +11,7 @@ from time import monotonic, time
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from proxy import headers
 from proxy.accounting import row_of
 from proxy.context import CONTEXT, CORE, Context
 from proxy.core import Core
@@ -45,17 +46,19 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     finally:
         core.running.discard(ctx)
         core.metrics.requests_in_flight.add((ctx.route,), -1)
-        _settle(core, ctx, request.method)
+        _settle(core, ctx, request)
 
 
-def _settle(core: Core, ctx: Context, method: str) -> None:
+def _settle(core: Core, ctx: Context, request: web.Request) -> None:
     ended_at = monotonic()
     reason = ctx.reason or Reason.INTERNAL_ERROR
     if reason is Reason.CLIENT_GONE:
         ctx.status = ctx.status or _CLIENT_CLOSED
         core.metrics.client_disconnects.add((ctx.phase.value,))
     _count(core, ctx, reason, ended_at)
-    core.request_log.write(_line(ctx, method, reason, ended_at))
+    line = _line(ctx, request.method, reason, ended_at)
+    line.trace_id = headers.trace_id(request.headers.get("traceparent"))
+    core.request_log.write(line)
 
 
 def _count(core: Core, ctx: Context, reason: Reason, ended_at: float) -> None:
