@@ -20,6 +20,15 @@ from proxy.usage import KEY, Counts, Usage
 LONGEST_EVENT = 8192
 _MALFORMED = (msgspec.DecodeError, ValueError, RecursionError)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_OPTION = b',"stream_options":{"include_usage":true}}'
+
+
+class _Asked(msgspec.Struct):
+    stream: msgspec.Raw = msgspec.Raw(b"")  # empty: left out
+    stream_options: msgspec.Raw = msgspec.Raw(b"")
+
+
+_asked = msgspec.json.Decoder(_Asked)
 
 
 def with_include_usage(body: bytes) -> bytes | None:
@@ -31,21 +40,25 @@ def with_include_usage(body: bytes) -> bytes | None:
     be `observe` where such a one is asked.
     """
     try:
-        members = _members.decode(body)
-        given = _text(members, "stream_options")
-        options = {} if given == b"null" else _members.decode(given)
+        asked = _asked.decode(body)
+        if bytes(asked.stream) != b"true":
+            return None
+        given = bytes(asked.stream_options)
+        if not given:
+            return body[: body.rindex(b"}")] + _OPTION  # a body of 32 MB need not be written anew
+        return _with_option(body, given)
     except _MALFORMED:
         return None
-    if _text(members, "stream") != b"true" or _text(options, "include_usage") not in (b"false", b"null"):
+
+
+def _with_option(body: bytes, given: bytes) -> bytes | None:
+    options = {} if given == b"null" else _members.decode(given)
+    if bytes(options.get("include_usage", b"null")) not in (b"false", b"null"):
         return None
     options["include_usage"] = msgspec.Raw(b"true")
+    members = _members.decode(body)
     members["stream_options"] = msgspec.Raw(msgspec.json.encode(options))
     return msgspec.json.encode(members)
-
-
-def _text(members: dict[str, msgspec.Raw], name: str) -> bytes:
-    """A member's own bytes; one that is left out is null."""
-    return bytes(members[name]) if name in members else b"null"
 
 
 class _Chunk(msgspec.Struct):

@@ -30,7 +30,7 @@ COMPLETION = json.dumps({"choices": [{"message": {"content": "a"}}], "usage": CO
 ASKED = {"stream_options": {"include_usage": True}}
 UNTOUCHED = b'{ "model" : "m", "stream":true ,"messages":[ ]%b}'
 BODY = UNTOUCHED % b""
-SENT = b'{"model":"m","stream":true,"messages":[ ],"stream_options":{"include_usage":true}}'
+SENT = UNTOUCHED % b',"stream_options":{"include_usage":true}'
 
 
 def used(line: dict[str, Any]) -> tuple[Any, ...]:
