@@ -35,6 +35,7 @@ rules (no I/O, no clock of their own)
     socket_events  what the messages of a WebSocket session say
 resources
     listen      listening sockets
+    systemd     sockets that systemd has opened, and what it is told
     downlink    what the kernel knows of a caller's connection
     log         the request line, and a sink that never blocks
     metrics     every metric, named once

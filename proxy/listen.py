@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -56,16 +57,31 @@ def _unlink_stale(path: str) -> None:
 
 def keep_or_bind(inherited: socket.socket, address: Address) -> socket.socket:
     """The inherited socket, unless the configuration on disk names another address by now."""
-    here = inherited.getsockname()
-    if inherited.family == socket.AF_UNIX:
-        same = here == address.unix_path
-    else:
-        # An empty host is every address; a name was looked up when it was bound: only the port tells then.
-        same = address.unix_path is None and address.port in (0, here[1])
-    if same:
+    if _is_at(inherited, address):
         return inherited
     inherited.close()
     return bind(address)
+
+
+def given_or_bind(given: socket.socket | None, address: Address, key: str) -> socket.socket:
+    """The socket that the service manager opened for the configuration's `key`, or one of our own. Raises
+    StartError: an address that the configuration does not know would be without its checks."""
+    if given is None:
+        return bind(address)
+    here = given.getsockname()
+    inside = given.family == socket.AF_UNIX or ipaddress.ip_address(here[0]).is_loopback
+    if not _is_at(given, address) or inside is not address.loopback:
+        where = f"unix:{here}" if isinstance(here, str) else f"{here[0]} port {here[1]}"
+        raise StartError(f"{key}: the socket that was passed is {where}, the configuration says {address}")
+    return given
+
+
+def _is_at(sock: socket.socket, address: Address) -> bool:
+    here = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return bool(here == address.unix_path)
+    # An empty host is every address; a name was looked up when it was bound: only the port tells then.
+    return address.unix_path is None and address.port in (0, here[1])
 
 
 def close(sock: socket.socket | None, address: Address, *, keep_path: bool) -> None:

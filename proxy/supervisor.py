@@ -22,7 +22,7 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from proxy import __version__, accounting, admin, config, footprint, listen
+from proxy import __version__, accounting, admin, config, footprint, listen, systemd
 from proxy.admin_keys import AdminKeys
 from proxy.control import ControlError
 from proxy.crew import Crew
@@ -93,8 +93,9 @@ class Front:
 
     # ── start ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def start(self) -> None:
-        """Binds or inherits the sockets, starts workers and the admin listener. Raises StartError."""
+    async def start(self) -> bool:
+        """Binds or inherits the sockets, starts workers and the admin listener; True: inherited. Raises
+        StartError."""
         self._sink.attach(asyncio.get_running_loop())
         inheritance = inherited(self._environ)
         self._take_sockets(inheritance)
@@ -116,14 +117,16 @@ class Front:
         )
         await self._admin_runner.setup()
         await web.SockSite(self._admin_runner, self._admin_socket).start()
+        return inheritance is not None
 
     def _take_sockets(self, inheritance: Inheritance | None) -> None:
         """Binds or inherits them, and the shared counters."""
         settings, workers = self.settings, self.settings.worker_count
         if inheritance is None:
             self._shared = Shared.fresh(workers)
-            self._listener = listen.bind(settings.listen_address)
-            self._admin_socket = listen.bind(settings.admin_address)
+            given = systemd.activated(self._environ)
+            self._listener = listen.given_or_bind(given.data, settings.listen_address, "listen")
+            self._admin_socket = listen.given_or_bind(given.admin, settings.admin_address, "admin")
         else:
             self._guest = True
             self._shared = Shared.inherited(inheritance.counters, workers)
@@ -303,6 +306,7 @@ class Front:
             pid = await self._heir.start(sockets, self._shared, self._environ)
         finally:
             self._restarting = False
+        systemd.notify(self._environ, f"MAINPID={pid}")  # or the end of this process would be the service's
         self._drain_s = max(up.timeouts.total for up in self.settings.upstreams.values())
         self._stop.set()
         return pid
@@ -331,9 +335,13 @@ class Front:
         loop.add_signal_handler(signal.SIGHUP, lambda: spawn(self._quietly(self.reload()), "reload"))
         loop.add_signal_handler(signal.SIGUSR2, lambda: spawn(self._quietly(self.restart()), "restart"))
         try:
-            await self.start()
+            heir = await self.start()
             announce(self)
+            if not heir:  # the generation before has said who is next
+                systemd.notify(self._environ, "READY=1")
             await self._stop.wait()
+            if not self._heir.exists:
+                systemd.notify(self._environ, "STOPPING=1")
             await self.drain()
         finally:
             await self.close()
@@ -378,11 +386,12 @@ class Front:
             await self._room.close()
         if self._stores is not None:
             await self._stores.close()
+        keep_path = self._heir.exists or self._guest or systemd.owns_paths(self._environ)
         for sock, address in (
             (self._listener, self.settings.listen_address),
             (self._admin_socket, self.settings.admin_address),
         ):
-            listen.close(sock, address, keep_path=self._heir.exists or self._guest)
+            listen.close(sock, address, keep_path=keep_path)
         if self._shared is not None:
             self._shared.close()
         self._sink.attach(None)
