@@ -151,7 +151,28 @@ def _open_log(settings: config.Config) -> tuple[log.Sink, log.RequestLog]:
 
 def _announce(front: Front) -> None:
     """Standard error: standard output holds the log lines, which something may be reading."""
-    print(front.banner(), file=sys.stderr, flush=True)
+    print(_banner(front), file=sys.stderr, flush=True)
+
+
+def _banner(front: Front) -> str:
+    """What a newcomer needs first."""
+    settings, base = front.settings, front.address()
+    names = list(settings.models)
+    model = next((name for name in names if "*" not in name and "?" not in name), "…")
+    body = f'{{"model":"{model}","stream":true,"messages":[{{"role":"user","content":"Hello"}}]}}'
+    unix = settings.listen_address.unix_path
+    flag = f"--unix-socket {unix} " if unix else ""
+    return "\n".join(
+        [
+            f"headrace {__version__}, configuration: {settings.source}",
+            f"  data   {base}/v1",
+            f"  admin  {front.admin_address()}/metrics",
+            f"  models {', '.join(names)}",
+            "",
+            f"  curl -N {flag}{base}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
+            "",
+        ]
+    )
 
 
 def _worker(arguments: argparse.Namespace) -> int:

@@ -260,3 +260,25 @@ def describe_routes(config: Config) -> list[str]:
         for name, model in config.models.items()
         for target in model.upstreams
     ]
+
+
+# ── what a running server cannot follow ─────────────────────────────────────────────────────────────────
+
+#: What a reload cannot change, because it is bound or built once.
+_FIXED = (
+    ("", ("listen", "admin", "workers", "log", "admin_token")),
+    ("limits", ("store", "on_store_failure")),
+    ("ledger", ("database",)),
+)
+_NOT_NOW = "cannot change while running: use `headrace restart`"
+
+
+def check_fixed(old: Config, new: Config) -> None:
+    """Raises ConfigError for a change that only a restart can make."""
+    for section, names in _FIXED:
+        before, after = (getattr(each, section) if section else each for each in (old, new))
+        for name in names:
+            if getattr(before, name) != getattr(after, name):
+                raise ConfigError(new.source, f"{section}.{name}".strip("."), _NOT_NOW)
+    if (old.tls is None) != (new.tls is None):
+        raise ConfigError(new.source, "tls", _NOT_NOW)

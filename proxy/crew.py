@@ -8,7 +8,9 @@ from typing import Any
 
 import structlog
 
+from proxy import config
 from proxy.control import ControlError
+from proxy.errors import StartError
 from proxy.metrics import Snapshot
 from proxy.tasks import spawn
 from proxy.workers import RemoteWorker, Worker
@@ -39,6 +41,25 @@ class Crew:
 
     async def kill(self, stream_id: str) -> bool:
         return any(await self._ask_all(lambda worker: worker.kill(stream_id)))
+
+    async def prepare(self, settings: config.Config) -> list[Worker]:
+        """Those that serve have made themselves ready for new settings. Raises StartError, and none has."""
+        workers = list(self.workers)
+        try:
+            for worker in workers:
+                await worker.prepare(settings)
+        except (ControlError, StartError, OSError, ValueError) as error:
+            await ask(workers, lambda worker: worker.discard())
+            raise StartError(f"nothing was changed: {error}") from error
+        return workers
+
+    async def commit(self, workers: Iterable[Worker], give_up: Callable[[Worker], None]) -> None:
+        """They change to what they have prepared. give_up: on one that does not answer."""
+        for worker in workers:
+            try:
+                await worker.commit()
+            except ControlError:
+                give_up(worker)
 
     async def drain(self, limit_s: float) -> None:
         """Only those that serve: an elder drains already."""
