@@ -33,6 +33,7 @@ from proxy.errors import (
 from proxy.pipe import TIMER_SLACK_S
 from proxy.preamble import leading
 from proxy.session import translate
+from proxy.targets import in_use
 from proxy.tasks import spawn
 from proxy.wire import HELD_LIMIT
 
@@ -78,9 +79,9 @@ class Forwarding:
         if job.wants_stream:
             delivery.wraps = self._streams.wrap_json
             self._beat_at = now + (self._streams.commit_after or math.inf)
-        _use(groups, 1)  # a reload must not close one that may still be asked
         try:
-            return await self._attempts(job, first)
+            with in_use(groups):
+                return await self._attempts(job, first)
         except HeadraceError as error:
             failure = error
         except asyncio.CancelledError:
@@ -89,7 +90,6 @@ class Forwarding:
             failure = _stopped(ctx.stopped)
         finally:
             self._account.close()
-            _use(groups, -1)
         if not delivery.started:
             raise failure
         return await delivery.break_off(failure)
@@ -352,12 +352,6 @@ async def _first_to_answer(tasks: dict[asyncio.Task[Exception | None], Attempt])
 def nobody_available(turns: Turns[Target]) -> NoUpstreamAvailable:
     """Everything is open: with the time until the first of them lets a request pass."""
     return NoUpstreamAvailable(soonest_s([each.upstream.breaker for each in turns.all()], monotonic()))
-
-
-def _use(groups: Groups, change: int) -> None:
-    for group in groups:
-        for target in group:
-            target.upstream.users += change
 
 
 def _stopped(reason: Reason) -> HeadraceError:

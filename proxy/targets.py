@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,22 @@ class Target:
 
 #: The targets of a model, then those of each model to fall back to.
 Groups = tuple[tuple[Target, ...], ...]
+
+
+@contextmanager
+def in_use(groups: Groups) -> Iterator[None]:
+    """A reload closes none of them meanwhile: each may still be asked."""
+    _use(groups, 1)
+    try:
+        yield
+    finally:
+        _use(groups, -1)
+
+
+def _use(groups: Groups, change: int) -> None:
+    for group in groups:
+        for target in group:
+            target.upstream.users += change
 
 
 class Targets:
