@@ -136,8 +136,7 @@ const LINE_END = /\r\n|\r|\n/g;
  */
 export class EventStreamParser {
   #decoder = new TextDecoder("utf-8"); // which also removes the byte order mark
-  #text = "";
-  #searched = 0; // up to here there is no line end in #text
+  #begun = ""; // of a line whose end has not come; never searched again
   #afterCR = false; // an LF that comes now belongs to the CR before it
   #event = "";
   /** @type {string[]} */
@@ -162,8 +161,8 @@ export class EventStreamParser {
    */
   end() {
     const events = this.#read(this.#decoder.decode());
-    if (this.#text !== "") this.#line(this.#text);
-    this.#text = "";
+    if (this.#begun !== "") this.#line(this.#begun);
+    this.#begun = "";
     const last = this.#dispatch();
     return last ? [...events, last] : events;
   }
@@ -174,22 +173,20 @@ export class EventStreamParser {
       this.#afterCR = false;
       if (text[0] === "\n") text = text.slice(1);
     }
-    this.#text += text;
     /** @type {ServerSentEvent[]} */
     const events = [];
     let start = 0;
-    LINE_END.lastIndex = this.#searched;
-    for (let found = LINE_END.exec(this.#text); found; found = LINE_END.exec(this.#text)) {
-      const line = this.#text.slice(start, found.index);
-      start = LINE_END.lastIndex;
+    for (const found of text.matchAll(LINE_END)) {
+      const line = this.#begun + text.slice(start, found.index);
+      this.#begun = "";
+      start = found.index + found[0].length;
       // A CR ends its line at once, so that no event waits for the next one's first byte.
-      this.#afterCR = found[0] === "\r" && start === this.#text.length;
+      this.#afterCR = found[0] === "\r" && start === text.length;
       const event = line === "" ? this.#dispatch() : this.#line(line);
       if (event) events.push(event);
     }
-    this.#text = this.#text.slice(start);
-    this.#searched = this.#text.length;
-    if (this.#text.length + this.#size > MAX_EVENT) throw new ChatError("parse", "An event is too large.");
+    this.#begun += text.slice(start);
+    if (this.#begun.length + this.#size > MAX_EVENT) throw new ChatError("parse", "An event is too large.");
     return events;
   }
 
