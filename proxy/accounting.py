@@ -16,6 +16,7 @@ import msgspec
 
 from proxy import budgets, pricing
 from proxy.admission import Reservation
+from proxy.endpoints import Model
 from proxy.errors import HeadraceError, Reason
 from proxy.ledger_read import spending
 from proxy.ledger_row import RANDOM_BYTES, Row, row_id, storable
@@ -24,12 +25,14 @@ from proxy.usage import UNKNOWN, Source, Usage
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from proxy import schema
     from proxy.admission import Admission
     from proxy.context import Context
-    from proxy.schema import Model, Plan
+    from proxy.schema import Plan
     from proxy.state import Spend, State
 
-#: An upstream that refuses has used nothing; nobody has said so, though.
+#: An upstream that refuses has used nothing, and storing, listing and deleting ask no model. Nobody has said
+#: so, though.
 _NOTHING = Usage(source=Source.ESTIMATED)
 
 
@@ -45,7 +48,7 @@ class Bill(msgspec.Struct):
 
 
 async def open_bill(
-    admission: Admission, ctx: Context, plan: Plan | None, entry: Model | None, output: int
+    admission: Admission, ctx: Context, plan: Plan | None, entry: schema.Model | None, output: int
 ) -> Bill:
     """output: tokens that the answer may have at most. Raises LimitExceeded, TokensLimited, BudgetExceeded:
     then nothing is held."""
@@ -61,7 +64,7 @@ async def open_bill(
 
 
 async def _reserve_dollars(
-    admission: Admission, ctx: Context, plan: Plan | None, entry: Model, output: int
+    admission: Admission, ctx: Context, plan: Plan | None, entry: schema.Model, output: int
 ) -> Sequence[Spend]:
     if plan is None or ctx.principal is None:
         return ()
@@ -72,12 +75,13 @@ async def _reserve_dollars(
 
 
 async def settle(
-    admission: Admission, ctx: Context, bill: Bill, entry: Model | None, error: BaseException | None
+    admission: Admission, ctx: Context, bill: Bill, entry: schema.Model | None, error: BaseException | None
 ) -> None:
     """Gives back what was reserved and not used. `entry`: the model that answered; `error`: what ended it."""
     await admission.settle(bill.tokens, ctx.used_tokens())
     if ctx.usage is None:
-        ctx.usage = _NOTHING if _used_nothing(ctx, error) else UNKNOWN
+        stored = ctx.endpoint is not None and ctx.endpoint.model is Model.NONE
+        ctx.usage = _NOTHING if stored or _used_nothing(ctx, error) else UNKNOWN
     if entry is not None:
         ctx.cost_picos = pricing.cost_picos(ctx.usage, entry.price)
         ctx.list_cost_picos = pricing.cost_picos(ctx.usage, entry.list_price)

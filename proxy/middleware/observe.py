@@ -94,6 +94,8 @@ def _enter(core: Core, ctx: Context, reason: Reason, duration_s: float) -> None:
 
 
 def _line(ctx: Context, method: str, reason: Reason, ended_at: float) -> RequestLine:
+    known = None if ctx.usage is None or ctx.usage.source is Source.UNKNOWN else ctx.usage
+
     def since_start(moment: float | None) -> float | None:
         return None if moment is None else round((moment - ctx.started_at) * 1000, 3)
 
@@ -118,8 +120,8 @@ def _line(ctx: Context, method: str, reason: Reason, ended_at: float) -> Request
         chunks=ctx.chunks,
         bytes_in=ctx.bytes_in,
         bytes_out=ctx.bytes_out,
-        prompt_tokens=None if ctx.usage is None else ctx.usage.prompt_tokens,
-        completion_tokens=None if ctx.usage is None else ctx.usage.completion_tokens,
+        prompt_tokens=None if known is None else known.prompt_tokens,
+        completion_tokens=None if known is None else known.completion_tokens,
         usage_source=None if ctx.usage is None else ctx.usage.source,
         cost_usd=None if ctx.cost_picos is None else format_usd(usd(ctx.cost_picos)),
         client_ip=ctx.client_ip,
