@@ -25,7 +25,7 @@ from proxy.ledger_link import LedgerLink
 from proxy.ledger_read import LedgerFailed
 from proxy.ledger_row import MOST, RANDOM_BYTES, first_id, row_id, storable
 from tests.kit.callers import Caller, ask, chat
-from tests.kit.fleet import fleet
+from tests.kit.fleet import fleet, write
 from tests.kit.headrace import running, settings_for, until
 from tests.kit.keys import auth_section, bearer, make_key
 from tests.kit.ledger import by_id, opened, row, unknown, written
@@ -210,6 +210,19 @@ async def test_the_server_does_not_start_without_it(tmp_path: Path) -> None:
     with pytest.raises(StartError, match=r"ledger\.database: the folder .* does not exist"):
         async with running(settings):
             pass
+
+
+async def test_a_reload_keeps_the_file(tmp_path: Path) -> None:
+    """Another file needs a restart; another `keep_days` is used at once."""
+    settings = settings_for("mock:", ledger={"database": f"sqlite:{tmp_path}/headrace.db"})
+    async with fleet(tmp_path, settings) as server:
+        write(server.file, {**settings, "ledger": {"database": f"sqlite:{tmp_path}/other.db"}})
+        code, _, err = await server.tell("reload")
+        assert code == 1
+        assert "ledger.database: cannot change while running: use `headrace restart`" in err[0]
+        write(server.file, {**settings, "ledger": {**settings["ledger"], "keep_days": 30}})
+        assert (await server.tell("reload"))[0] == 0
+        assert not (tmp_path / "other.db").exists()
 
 
 async def test_a_file_that_was_moved(tmp_path: Path) -> None:
