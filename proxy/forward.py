@@ -33,7 +33,6 @@ from proxy.errors import (
 from proxy.pipe import TIMER_SLACK_S
 from proxy.preamble import leading
 from proxy.session import translate
-from proxy.targets import in_use
 from proxy.tasks import spawn
 from proxy.wire import HELD_LIMIT
 
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from proxy.deliver import Delivery
     from proxy.routing import Turns
     from proxy.seat import Seat
-    from proxy.targets import Groups, Target
+    from proxy.targets import Target
     from proxy.upstream import Exchange
 
 
@@ -68,7 +67,7 @@ class Forwarding:
         self._beat_at = math.inf
         self._total_at = 0.0
 
-    async def run(self, job: Job, groups: Groups, turns: Turns[Target], first: Target) -> web.StreamResponse:
+    async def run(self, job: Job, turns: Turns[Target], first: Target) -> web.StreamResponse:
         """Returns when the last byte has gone to the caller; raises HeadraceError if nothing has."""
         ctx, delivery = self._ctx, self._delivery
         now = monotonic()
@@ -80,8 +79,7 @@ class Forwarding:
             delivery.wraps = self._streams.wrap_json
             self._beat_at = now + (self._streams.commit_after or math.inf)
         try:
-            with in_use(groups):
-                return await self._attempts(job, first)
+            return await self._attempts(job, first)
         except HeadraceError as error:
             failure = error
         except asyncio.CancelledError:

@@ -28,6 +28,7 @@ from proxy.peek import Peek, peek
 from proxy.reshape import Reshape, with_usage
 from proxy.routing import Turns
 from proxy.seat import Manner
+from proxy.targets import in_use
 from proxy.uploads import Upload, open_upload
 
 if TYPE_CHECKING:
@@ -125,11 +126,12 @@ async def _ask(request: web.Request, job: Job, groups: Groups, manner: Manner) -
         raise nobody_available(turns)
     plan = _plan_of(core, ctx.principal)
     upstreams = [target.upstream for target in ranking]
-    async with core.admission.seat(ctx, plan, upstreams, manner) as seat:
-        first = next((each for each in ranking if each.upstream.name == seat.upstream), ranking[0])
-        settings = core.config
-        delivery = Delivery(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
-        return await Forwarding(core, ctx, delivery, seat).run(job, groups, turns, first)
+    with in_use(groups):
+        async with core.admission.seat(ctx, plan, upstreams, manner) as seat:
+            first = next((each for each in ranking if each.upstream.name == seat.upstream), ranking[0])
+            settings = core.config
+            delivery = Delivery(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
+            return await Forwarding(core, ctx, delivery, seat).run(job, turns, first)
 
 
 def _allowed(principal: Principal | None, groups: Groups) -> Groups:
