@@ -134,7 +134,8 @@ async def refused(
 
 
 def concrete(endpoint: Endpoint) -> str:
-    return endpoint.name.replace("{id}", "obj-1").replace("{rest}", "obj-1/part-2")
+    name = endpoint.name.replace("{file}", "stream-client.js")
+    return name.replace("{id}", "obj-1").replace("{rest}", "obj-1/part-2")
 
 
 ROWS = [
