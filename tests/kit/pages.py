@@ -110,7 +110,7 @@ async def run(*words: str, cwd: Path, environ: dict[str, str] | None = None, lim
 
 
 async def bundle(source: Path, folder: Path) -> bytes:
-    """A module with everything that it imports, as npm's esbuild puts it together: bare names are packages."""
+    """A module with everything that it imports, put together by esbuild: bare names are packages."""
     home = packages()
     out = folder / "bundle.js"
     await run(
@@ -118,6 +118,7 @@ async def bundle(source: Path, folder: Path) -> bytes:
         str(source),
         "--bundle",
         "--format=esm",
+        "--jsx=automatic",
         "--define:process.env.NODE_ENV='development'",
         f"--outfile={out}",
         cwd=folder,
