@@ -112,6 +112,10 @@ composition
     cli_keys    the commands about keys and tokens
     cli_usage   the command about tokens and money
     top         the running requests as a table
+    doctor_findings  what is wrong with a chain, and how it is told
+    doctor_rules  what a chain's behaviour means
+    doctor_asks   questions to a chain, their answers timed
+    doctor      who between callers and Headrace buffers, compresses, cuts or drops
     cli_tools   the commands of who operates it
     cli         the commands
 beside
