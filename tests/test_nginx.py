@@ -14,15 +14,17 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from tests.kit.callers import Answer, Caller, ask, chat, post
 from tests.kit.fleet import Fleet, fleet
 from tests.kit.headrace import settings_for, until
 from tests.kit.lab import Gate, hold, plays, response
-from tests.kit.nginx import Nginx, authority, edge, replaced
+from tests.kit.nginx import Nginx, authority, edge, replaced, trusting
 from tests.kit.uploads import Receipt, form, head, receiving
 from tests.kit.upstreams import DONE, END, HEAD, Call, Script, Scripted, chunk, event, scripted
+from tests.kit.websockets import Talk, talking
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -532,6 +534,33 @@ async def test_websockets(tmp_path: Path) -> None:
             head_lines = upstream.calls[-1].head.lower()
             assert b"\r\nupgrade:" not in head_lines
             assert b"\r\nconnection:" not in head_lines
+
+
+async def test_a_session_through_the_edge(tmp_path: Path) -> None:
+    """A WebSocket of an SDK's kind through nginx and Headrace to a provider; its end arrives as well."""
+
+    async def echo(talk: Talk) -> None:
+        for _ in range(3):
+            await talk.ws.send_str(await talk.receive())
+        await talk.until_closed()
+
+    models = {"m": {"upstreams": ["up"], "websocket": True}}
+    async with (
+        talking(echo) as upstream,
+        fleet(tmp_path, settings_for(upstream.url, models=models)) as node,
+        edge(tmp_path, [node.port] * 2) as nginx,
+        asyncio.timeout(20),
+        aiohttp.ClientSession() as session,
+    ):
+        url = f"https://localhost:{nginx.port}/v1/realtime?model=m"
+        async with session.ws_connect(url, ssl=trusting(), headers={"x-request-id": "talk"}) as ws:
+            for text in ("one", "x" * 100_000, "three"):
+                await ws.send_str(text)
+                assert await ws.receive_str() == text
+        await upstream.talks[0].gone.wait()
+        await until(lambda: len(node.logged("request")) == 1)
+        (line,) = node.logged("request")
+        assert (line["request_id"], line["status"], line["reason"]) == ("talk", 101, "complete")
 
 
 # ── uploads ──────────────────────────────────────────────────────────────────────────────────────────────
