@@ -30,7 +30,7 @@ from proxy.errors import (
 from proxy.hold import hold_small, hold_whole
 from proxy.pipe import HEARTBEAT, Clocks, Pipe
 from proxy.pipe import break_off as end_visibly
-from proxy.reshape import Reshape, ReshapedPipe
+from proxy.reshape import WHOLE_LIMIT, Reshape, ReshapedPipe
 from proxy.tap import Tap, tells_usage
 from proxy.usage import find_in_json
 from proxy.wire import End
@@ -131,7 +131,7 @@ class Delivery:
             self.reshape.check(exchange.status, exchange.fields)
         if answers.is_event_stream(exchange.status, exchange.fields):
             return await self._stream(exchange)
-        if self.wraps and exchange.status < 300:
+        if self.wraps and exchange.status < 300 and _may_be_held(exchange):
             return await self._wrapped(exchange)
         if self._response is not None:
             raise answers.late_refusal(exchange.status)
@@ -165,6 +165,7 @@ class Delivery:
     async def _wrapped(self, exchange: Exchange) -> web.StreamResponse:
         """An answer that is no stream, to a caller that asked for one."""
         ctx = self._ctx
+        ctx.phase = Phase.ANSWER
         await hold_small(exchange, self._idle_s, self.total_at)
         body, end = exchange.taken()
         if end is None:
@@ -344,6 +345,11 @@ class Delivery:
             framed = self._response.chunked or self._response.content_length is not None
             await end_visibly(transport, framed=framed)
         return self._response
+
+
+def _may_be_held(exchange: Exchange) -> bool:
+    """Not if it says that it is too large; one that does not say so is found invalid when it is."""
+    return int(headers.value_of(exchange.fields, b"content-length") or 0) <= WHOLE_LIMIT
 
 
 def _after_commit(reason: Reason) -> UpstreamFailed:

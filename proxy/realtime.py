@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     from proxy.schema import Plan
     from proxy.targets import Groups, Target
 
-#: Bytes of the message that opens a Responses session; the later ones may have `max_body_bytes`.
-FIRST_MESSAGE = 2**20
 #: What aiohttp needs to upgrade. All other fields stay out of it: it logs the subprotocols that it does not
 #: select, and a credential may be among them.
 _HANDSHAKE = ("Host", "Origin", "Connection", "Upgrade", "Sec-WebSocket-Key", "Sec-WebSocket-Version")
@@ -175,8 +173,6 @@ class _Session:
             return None
         data: bytes = message.data
         self._ctx.bytes_in += len(data)
-        if len(data) > FIRST_MESSAGE:
-            raise Refused(413)
         return data
 
     # ── the caller ───────────────────────────────────────────────────────────────────────────────────────
