@@ -25,11 +25,16 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     _check_host(request, fields.getall("Host", []))
     if "Transfer-Encoding" in fields:
         _check_transfer_encoding(request)
-    if "Content-Encoding" in fields and fields["Content-Encoding"].lower() != "identity":
+    if "Content-Encoding" in fields and not _only(fields.getall("Content-Encoding"), "identity"):
         raise Refused(415)  # forwarding it coded would hide the model, decoding it would invite bombs
-    if "Expect" in fields and fields["Expect"].lower() != "100-continue":
+    if "Expect" in fields and not _only(fields.getall("Expect"), "100-continue"):
         raise Refused(417)
     return await handler(request)
+
+
+def _only(values: list[str], allowed: str) -> bool:
+    """Of two fields the first is what we read, and the second may be what the upstream reads."""
+    return all(value.lower() == allowed for value in values)
 
 
 def _check_line(request: web.Request) -> None:

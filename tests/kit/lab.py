@@ -19,6 +19,7 @@ import uvloop
 
 from tests.kit.callers import Answer
 from tests.kit.headrace import Headrace, running, settings_for, until
+from tests.kit.invariant import invariant
 from tests.kit.upstreams import Call, Script, Scripted, scripted
 
 T = TypeVar("T")
@@ -113,6 +114,7 @@ async def lab(script: Script, way: Way, **sections: Any) -> AsyncIterator[Lab]:
         async with (
             scripted(script, tls=server_context() if way.tls else None) as upstream,
             running(settings_for(upstream.url, upstream=extra, **sections), push=way.push) as headrace,
+            invariant(headrace, upstream.calls),
         ):
             yield Lab(headrace, upstream)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from proxy.breaker import State
 from tests.kit.headrace import Headrace, running, settings_for, until
+from tests.kit.invariant import invariant
 from tests.kit.lab import Way, plays, response, server_context
 from tests.kit.upstreams import DONE, END, HEAD, Call, Script, Scripted, chunk, event, scripted
 
@@ -247,6 +248,7 @@ async def pool(
             }
         whole = settings_for("http://unused.invalid", **sections) | {"upstreams": settings}
         headrace = await stack.enter_async_context(running(whole, push=way.push))
+        await stack.enter_async_context(invariant(headrace, *(place.calls for place in made.values())))
         await stack.enter_async_context(asyncio.timeout(_LONGEST_S))  # whoever hangs fails here
         yield Pool(headrace, made)
 
