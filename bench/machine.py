@@ -98,6 +98,15 @@ def on_core(core: int | None, command: list[str]) -> list[str]:
     return ["taskset", "-c", str(core), *command]
 
 
+def be_realtime() -> bool:
+    """This process and all that it starts go before all others; False if that is not allowed."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(5))
+    except PermissionError:
+        return False
+    return True
+
+
 # ── where figures come from ──────────────────────────────────────────────────────────────────────────────
 
 

@@ -2,7 +2,8 @@
 
     python -m bench.retries [REQUESTS]
 
-First part: three upstreams of equal weight. Each aborts the TLS handshake of a share of its connections (a
+First part: three upstreams of equal weight, asked through Headrace, through nginx (`proxy_next_upstream`) and
+directly in turn. Each aborts the TLS handshake of a share of its connections (a
 connect failure: nothing was sent) and answers a share of its requests with 503. No connection is kept, so
 that every attempt connects. Second part: a first tier that refuses, answers 503, or accepts nothing, in front
 of a healthy second one; the time to the first byte beside a healthy first tier, while the breaker is still
@@ -15,6 +16,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import socket
 import ssl
 import statistics
@@ -157,31 +159,26 @@ async def ask(session: aiohttp.ClientSession, url: str) -> tuple[bool, int, floa
 # ── the share that succeeds ──────────────────────────────────────────────────────────────────────────────
 
 
-async def success_rate(requests: int, share: float) -> dict[str, Any]:
+async def success_rate(requests: int, share: float, peer: str = "headrace") -> dict[str, Any]:
+    """peer: headrace, nginx or direct."""
     authority = trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost").configure_cert(context)
     upstreams = [Upstream(seed, aborts=share, refuses=share) for seed in (1, 2, 3)]
-    accepting = []
+    accepting, ports = [], []
     async with AsyncExitStack() as stack:
         ca_file = stack.enter_context(authority.cert_pem.tempfile())
-        entries = {}
-        for number, upstream in enumerate(upstreams):
+        for upstream in upstreams:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1024))
             accepting.append(asyncio.ensure_future(upstream.accept(listener, context)))
-            entries[f"u{number}"] = {
-                "base_url": f"https://localhost:{listener.getsockname()[1]}",
-                "ca_file": ca_file,
-                "pool": {"keepalive": 0},
-                "breaker": {"failures": 1000},
-            }
-        settings = {"upstreams": entries, "models": {"m": {"upstreams": list(entries)}}}
-        url = await stack.enter_async_context(headrace(settings))
-        outcomes = await _many(url, requests)
+            ports.append(listener.getsockname()[1])
+        urls = await stack.enter_async_context(BETWEEN[peer](ports, ca_file))
+        outcomes = await _many(urls, requests, ssl.create_default_context(cafile=ca_file))
         for task in accepting:
             task.cancel()
     attempts = [tries for _, tries, _ in outcomes]
     return {
+        "peer": peer,
         "share": share,
         "requests": requests,
         "succeeded": sum(whole for whole, _, _ in outcomes),
@@ -192,15 +189,76 @@ async def success_rate(requests: int, share: float) -> dict[str, Any]:
     }
 
 
-async def _many(url: str, requests: int) -> list[tuple[bool, int, float]]:
+@asynccontextmanager
+async def _through_headrace(ports: list[int], ca_file: str) -> AsyncIterator[list[str]]:
+    entries = {
+        f"u{number}": {
+            "base_url": f"https://localhost:{port}",
+            "ca_file": ca_file,
+            "pool": {"keepalive": 0},
+            "breaker": {"failures": 1000},
+        }
+        for number, port in enumerate(ports)
+    }
+    async with headrace({"upstreams": entries, "models": {"m": {"upstreams": list(entries)}}}) as url:
+        yield [url]
+
+
+_NGINX = """
+daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log crit;
+events {{ worker_connections 1024; }}
+http {{
+  access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxied;
+  upstream u {{ {servers} }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{
+      proxy_pass https://u; proxy_buffering off; proxy_http_version 1.1; proxy_set_header Connection "";
+      proxy_ssl_trusted_certificate {ca_file}; proxy_ssl_verify on;
+      proxy_ssl_name localhost; proxy_ssl_server_name on;
+      proxy_next_upstream error timeout http_503 non_idempotent; proxy_next_upstream_tries 3;
+    }}
+  }}
+}}
+"""
+
+
+@asynccontextmanager
+async def _through_nginx(ports: list[int], ca_file: str) -> AsyncIterator[list[str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        port = _free_port()
+        servers = " ".join(f"server localhost:{each} max_fails=0;" for each in ports)
+        file = Path(folder) / "nginx.conf"
+        file.write_text(_NGINX.format(folder=folder, port=port, servers=servers, ca_file=ca_file))
+        process = await asyncio.create_subprocess_exec("nginx", "-c", str(file), "-e", f"{folder}/error.log")
+        try:
+            await _until_up(f"http://127.0.0.1:{port}")
+            yield [f"http://127.0.0.1:{port}"]
+        finally:
+            process.terminate()
+            await process.wait()
+
+
+@asynccontextmanager
+async def _directly(ports: list[int], ca_file: str) -> AsyncIterator[list[str]]:
+    yield [f"https://localhost:{port}" for port in ports]
+
+
+#: What is between the callers and the upstreams; each gives the URLs that are asked in turn.
+BETWEEN = {"headrace": _through_headrace, "nginx": _through_nginx, "direct": _directly}
+
+
+async def _many(urls: list[str], requests: int, trusted: ssl.SSLContext) -> list[tuple[bool, int, float]]:
     places = asyncio.Semaphore(20)
 
-    async def one(session: aiohttp.ClientSession) -> tuple[bool, int, float]:
+    async def one(session: aiohttp.ClientSession, url: str) -> tuple[bool, int, float]:
         async with places:
             return await ask(session, url)
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        return await asyncio.gather(*[one(session) for _ in range(requests)])
+    # As through a proxy that keeps no connection, each attempt connects.
+    connector = aiohttp.TCPConnector(limit=0, ssl=trusted, force_close=len(urls) > 1)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        return await asyncio.gather(*[one(session, urls[number % len(urls)]) for number in range(requests)])
 
 
 # ── what a fault of the first tier costs ─────────────────────────────────────────────────────────────────
@@ -283,11 +341,13 @@ async def first_byte(first_tier: str) -> dict[str, Any]:
 
 
 async def main(requests: int) -> None:
-    rates = [await success_rate(requests, share) for share in SHARES]
+    peers = [peer for peer in BETWEEN if peer != "nginx" or shutil.which("nginx")]
+    rates = [await success_rate(requests, share, peer) for peer in peers for share in SHARES]
     tiers = [await first_byte(name) for name in FIRST_TIERS]
     for rate in rates:
+        percent = f"{rate['share']:.0%}"
         print(
-            f"three upstreams, {rate['share']:.0%} of connects fail, {rate['share']:.0%} of answers are 503: "
+            f"{rate['peer']}: three upstreams, {percent} of connects fail, {percent} of answers are 503: "
             f"{rate['success_percent']} % of {requests} requests succeed with {rate['attempts_per_request']} "
             f"attempts each, of which {rate['upstream_hits_per_request']} reach an upstream"
         )

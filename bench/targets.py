@@ -2,13 +2,15 @@
 
 A peer is a folder. `start.sh` becomes the proxy: it listens on 127.0.0.1:$BENCH_PORT, asks $BENCH_UPSTREAM
 (a URL; with https $BENCH_CA names the certificate that signed its own), and may use the folder $BENCH_OUT.
-`install.sh`, if there is one, comes first and keeps what it fetches in $BENCH_CACHE; when it fails the peer is
-skipped with its last line. `peer.json`: headers and model of the requests, seconds to start (`startup_s`) and
-to settle (`settle_s`), `slow` for less load, `tls: false` if it cannot speak TLS to its upstream.
+`install.sh`, if there is one, comes before and keeps what it fetches in $BENCH_CACHE; `prepare.sh` is what
+the start is not measured with. When one fails the peer is skipped with its last line. `peer.json`: headers
+and model of the requests, seconds to start (`startup_s`) and to settle (`settle_s`), `slow_streams` where the
+full load would only show that it is too much, `tls: false` and `workers: false` for what it is not asked.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -96,12 +98,17 @@ class Target:
         self._process: subprocess.Popen[bytes] | None = None
         self._out: Path | None = None
         self.port = upstream.port if name == DIRECT else _free_port()
+        self._second_port = _free_port()
         self.cold_start_s = 0.0
 
     @property
-    def slow(self) -> bool:
-        """Whether the full load would only show that it is too much."""
-        return bool(self._settings.get("slow"))
+    def slow_streams(self) -> int:
+        """How many streams to load it with, if the full load would only show that it is too much; else 0."""
+        return int(self._settings.get("slow_streams", 0))
+
+    def can(self, what: str) -> bool:
+        """`tls` or `workers`."""
+        return bool(self._settings.get(what, True))
 
     @property
     def pids(self) -> list[int]:
@@ -118,7 +125,8 @@ class Target:
             return self
         self._out = Path(tempfile.mkdtemp(prefix=f"headrace-bench-{self.name}-"))
         try:
-            self._install()
+            for script in ("install.sh", "prepare.sh"):
+                self._run(script)
             self._start()
         except BaseException:
             self._end()
@@ -134,6 +142,7 @@ class Target:
         return {
             **os.environ,
             "BENCH_PORT": str(self.port),
+            "BENCH_SECOND_PORT": str(self._second_port),
             "BENCH_UPSTREAM": self._upstream.url,
             "BENCH_CA": str(self._upstream.authority or ""),
             "BENCH_OUT": str(self._out),
@@ -143,18 +152,15 @@ class Target:
             "BENCH_WORKERS": str(self._workers),
         }
 
-    def _install(self) -> None:
-        script = self._folder / "install.sh"
+    def _run(self, name: str) -> None:
+        script = self._folder / name
         if not script.exists():
             return
         CACHE.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            ["sh", str(script)], env=self._environment(), capture_output=True, text=True, cwd=self._out
-        )
+        command = ["sh", str(script)]
+        done = subprocess.run(command, env=self._environment(), capture_output=True, text=True, cwd=self._out)
         if done.returncode:
-            said = (
-                done.stderr.strip() or done.stdout.strip() or f"install.sh: {done.returncode}"
-            ).splitlines()
+            said = (done.stderr.strip() or done.stdout.strip() or f"{name}: {done.returncode}").splitlines()
             raise Skipped(said[-1])
 
     def _start(self) -> None:
@@ -179,14 +185,28 @@ class Target:
         time.sleep(self._settings.get("settle_s", 0.5))
 
     def _answers(self, until: float) -> bool:
+        """Whether a request came through it in time; some peers listen before they can."""
         assert self._process
         while time.monotonic() < until and self._process.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
+            if self._asked_once():
                 return True
-            except OSError:
-                time.sleep(0.005)
+            time.sleep(0.005)
         return False
+
+    def _asked_once(self) -> bool:
+        lines = dict(line.split(": ", 1) for line in ["Content-Type: application/json", *self.headers])
+        body = json.dumps({"model": self.model, "messages": [{"role": "user", "content": "Hello"}]})
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("POST", "/v1/chat/completions", body, lines)
+            answer = connection.getresponse()
+            answer.read()
+        except (OSError, http.client.HTTPException):
+            return False
+        else:
+            return answer.status == 200
+        finally:
+            connection.close()
 
     def _end(self) -> None:
         if self._process:
@@ -208,6 +228,11 @@ class Target:
     # ── load ─────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
+    def model(self) -> str:
+        """What this peer knows the upstream's model by."""
+        return str(self._settings.get("model", "mock-model"))
+
+    @property
     def headers(self) -> list[str]:
         """What this peer wants in a request; KEY stands for what start.sh left in the file `key`."""
         key = self._out / "key" if self._out else None
@@ -219,8 +244,7 @@ class Target:
         command = [sys.executable, "-m", "bench.load", str(self.port)]
         for header in self.headers:
             command += ["--header", header]
-        if model := self._settings.get("model"):
-            command += ["--model", model]
+        command += ["--model", self.model]
         for name, value in flags.items():
             command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
         return machine.on_core(machine.cores()[1], command)

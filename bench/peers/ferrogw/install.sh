@@ -1,0 +1,3 @@
+name=ferrogw
+. "${0%/*}/../venv.sh"
+venv "ferrogw"

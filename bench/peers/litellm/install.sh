@@ -1,0 +1,3 @@
+name=litellm
+. "${0%/*}/../venv.sh"
+venv "litellm[proxy]"

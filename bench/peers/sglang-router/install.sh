@@ -1,0 +1,3 @@
+name=sglang-router
+. "${0%/*}/../venv.sh"
+venv "sglang-router"

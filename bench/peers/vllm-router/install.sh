@@ -1,0 +1,3 @@
+name=vllm-router
+. "${0%/*}/../venv.sh"
+venv "vllm-router"
