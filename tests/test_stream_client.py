@@ -64,6 +64,7 @@ async def test_the_types_are_those_of_the_source(typescript: tuple[list[str], Pa
         assert made == (STATIC / f"{name}.d.ts").read_text(), f"{name}.d.ts is not up to date"
 
 
+@pytest.mark.slow
 async def test_every_module_is_typed(typescript: tuple[list[str], Path]) -> None:
     """The playground's modules as well; and a wrong use of the client is found."""
     words, folder = typescript
@@ -180,7 +181,7 @@ FAULTS = [
     ("status=429, retry_after=1", "rate_limit", False),
     ("error_after=4, gap=0.05", "server", True),
     ("cut_after=4, cut_mid_event, gap=0.05", "truncated", True),
-    ("no_done, words=3, gap=0.05", "server truncated", True),
+    ("no_done, words=5, gap=0.05", "server truncated", True),
 ]
 MORE_FAULTS = [
     ("words=5, half_events", None, False),

@@ -29,7 +29,7 @@ const FAULTS = [
   ["Falling silent", "words=60, gap=0.03, stall_after=20"],
   ["With broken JSON", "words=40, gap=0.03, bad_json=20"],
 ];
-const CUSTOM = "Otherwise";
+const CUSTOM = "As the header says";
 
 /** @template {HTMLElement} T @param {string} id @returns {T} */
 const el = (id) => /** @type {T} */ (document.getElementById(id));
@@ -335,8 +335,8 @@ function notice(kind, title, texts, failure) {
       el("send").focus(); // the button goes with its notice
       void send();
     });
-    box.append(button);
     if (failure.retryAfter) wait(box, failure.retryAfter);
+    box.append(button);
   }
   el("notices").append(box);
 }
