@@ -8,7 +8,7 @@ ADMIN_PORT ?= 9464
 SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all check fmt clean
+.PHONY: help run test test-all check bench bench-check fmt clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,12 @@ check: $(VENV)/test.stamp ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict proxy
+
+bench: $(VENV)/test.stamp ## Headrace beside nginx with the same work, twenty minutes (BENCH="--quick", "--all", see bench -h)
+	@$(BIN)/python -m bench $(BENCH)
+
+bench-check: $(VENV)/test.stamp ## fails if Headrace lost 15 % against nginx since the committed baseline (BENCH="--quick --print-only")
+	@$(BIN)/python -m bench.check $(BENCH)
 
 fmt: $(VENV)/test.stamp ## format in place
 	$(BIN)/ruff check --fix .

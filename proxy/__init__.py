@@ -111,6 +111,7 @@ composition
     cli_admin   what the commands ask of a running server
     cli_keys    the commands about keys and tokens
     cli_usage   the command about tokens and money
+    cli_bench   the command that hands over to bench/
     top         the running requests as a table
     doctor_findings  what is wrong with a chain, and how it is told
     doctor_rules  what a chain's behaviour means

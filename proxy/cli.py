@@ -15,7 +15,7 @@ import aiohttp
 import msgspec
 import uvloop
 
-from proxy import __version__, cli_admin, cli_keys, cli_tools, cli_usage, config, log, mock, wire
+from proxy import __version__, cli_admin, cli_bench, cli_keys, cli_tools, cli_usage, config, log, mock, wire
 from proxy.errors import OperationError, StartError
 from proxy.supervisor import Front
 from proxy.worker import WorkerProcess
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_keys.add_parsers(commands, common, _settings)
     cli_usage.add_parser(commands, common, _settings)
     cli_tools.add_parsers(commands, common, _settings)
+    cli_bench.add_parser(commands)
 
     command = commands.add_parser("worker")
     command.add_argument("control", type=int)
