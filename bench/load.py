@@ -24,6 +24,9 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _BUFFER = 1 << 18
 _DIGITS = 19
 _LAST = b"0\r\n\r\n"
+_EVENT_END = b"\n\n\r\n"
+#: What may be cut: a time has 21 bytes, _LAST has 5.
+_LONGEST = 20
 
 
 class _Connection:
@@ -51,7 +54,7 @@ class _Connection:
         self.events = 0
         self.last_ns = 0
         self.last_left_ns = 0
-        self.rest = b""  # what came behind the last line end
+        self.rest = b""  # what came may go on with the next read
 
 
 class Load:
@@ -94,7 +97,11 @@ class Load:
                 self._count("unfinished", self._active)
                 break
             self._turn(0.0005 if started < len(connections) else 0.1)
-        return (time.monotonic_ns() - began) / 1e9
+        took_s = (time.monotonic_ns() - began) / 1e9
+        for connection in self._open.values():
+            connection.sock.close()
+        self._epoll.close()
+        return took_s
 
     def _turn(self, wait_s: float) -> None:
         for descriptor, mask in self._epoll.poll(wait_s, 256):
@@ -181,28 +188,25 @@ class Load:
     def _body(
         self, connection: _Connection, data: bytes | bytearray, start: int, size: int, now: int
     ) -> None:
-        if self._events:
-            self._find_events(connection, data, start, size, now)
+        seen = self._find_events(connection, data, start, size, now) if self._events else start
         if connection.body_left >= 0:
             connection.body_left -= size - start
             if connection.body_left <= 0:
                 self._done(connection, now)
         elif data.endswith(_LAST, start, size):
             self._done(connection, now)
-        elif data[size - 1] != 10:  # cut inside a line: what is behind its beginning comes again
-            line = data.rfind(b"\n", start, size) + 1
-            connection.rest = bytes(data[max(line, start) : size])
-        elif size - start < len(_LAST):
-            connection.rest = bytes(data[start:size])  # the end may be split over two reads
+        elif not data.endswith(_EVENT_END, start, size):
+            # Cut anywhere: a time or the end of the answer may be on both sides.
+            connection.rest = bytes(data[max(seen, size - _LONGEST) : size])
 
     def _find_events(
         self, connection: _Connection, data: bytes | bytearray, start: int, size: int, now: int
-    ) -> None:
+    ) -> int:
+        """Behind the last one."""
+        end = start
         at = data.find(b"@T", start, size)
-        while at >= 0:
+        while at >= 0 and at + 2 + _DIGITS <= size:
             end = at + 2 + _DIGITS
-            if end > size:
-                return
             left = int(data[at + 2 : end])
             self.late.append(now - left)
             if connection.events:
@@ -213,6 +217,7 @@ class Load:
             connection.last_ns = now
             connection.last_left_ns = left
             at = data.find(b"@T", end, size)
+        return end
 
     def _done(self, connection: _Connection, now: int) -> None:
         if connection.events != self._events:

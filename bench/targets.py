@@ -55,7 +55,7 @@ def upstream(tls: bool = False) -> Iterator[Upstream]:
             yield Upstream(int(process.stdout.readline()), authority if tls else None)
         finally:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 class Upstream:
