@@ -8,10 +8,10 @@ ADMIN_PORT ?= 9464
 SIDE_BY_SIDE := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all check bench bench-check fmt clean
+.PHONY: help run test test-all test-hostile test-faults check bench bench-check fmt clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 run: $(VENV)/run.stamp ## start Headrace on 127.0.0.1:8080 (PORT=, ADMIN_PORT=, CONFIG= change that)
 	@exec $(BIN)/headrace serve $(if $(CONFIG),-c $(CONFIG)) $(if $(filter command line environment,$(origin PORT)),--listen 127.0.0.1:$(PORT)) $(if $(filter command line environment,$(origin ADMIN_PORT)),--admin 127.0.0.1:$(ADMIN_PORT))
@@ -23,6 +23,12 @@ test: $(VENV)/test.stamp ## the whole suite, against real parts
 test-all: $(VENV)/test.stamp ## the suite with its long tables, matrices and soaks
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not alone"
 	$(BIN)/python -m pytest -m alone
+
+test-hostile: $(VENV)/test.stamp ## every bad input, as a table: what is promised, what proves it
+	$(BIN)/python -m tests.kit.tables hostile
+
+test-faults: $(VENV)/test.stamp ## every fault, as a table
+	$(BIN)/python -m tests.kit.tables faults
 
 check: $(VENV)/test.stamp ## lint, format and types
 	$(BIN)/ruff check .

@@ -380,7 +380,8 @@ async def test_a_shutdown_waits_for_no_usage(way: Way) -> None:
 @both
 async def test_a_close_leaves_nothing_behind(way: Way) -> None:
     """Without any drain: the end of the process ends what is read on."""
-    async with lab(plays(HEAD, chunk(A), hold), way, streams={"on_disconnect": DRAINS}) as it:
+    sections = {"streams": {"on_disconnect": DRAINS}}
+    async with lab(plays(HEAD, chunk(A), hold), way, unfinished=True, **sections) as it:
         await has_left(it)
         await is_read_on(it)
         core = it.headrace.server.core

@@ -40,17 +40,18 @@ def sockets(pid: int | None = None) -> int:
 
 @asynccontextmanager
 async def invariant(
-    headrace: Headrace, *calls: list[Call], started: int | None = None
+    headrace: Headrace, *calls: list[Call], started: int | None = None, timeout_s: float = 5.0
 ) -> AsyncIterator[None]:
     """Around all that a fresh Headrace is asked. calls: what each of its upstreams was sent; started: how
     many requests were begun, where a test knows. A test that fails is not looked at."""
     before, ledger = sockets(), _ledger(headrace)
     known = len(written(ledger))
     yield
-    await headrace.quiet()
+    await headrace.quiet(timeout_s)
     await until(
         lambda: sockets() <= before + 2 * headrace.state["upstream_idle"],
-        describe=lambda: f"{before} sockets before, {sockets()} now, {headrace.state}",
+        timeout_s,
+        lambda: f"{before} sockets before, {sockets()} now, {headrace.state}",
     )
     await until(lambda: headrace.state["ledger_pending"] == 0)
     lines, samples = headrace.log_lines(), await headrace.metrics()
