@@ -169,6 +169,7 @@ def _banner(front: Front) -> str:
             f"  data   {base}/v1",
             f"  admin  {front.admin_address()}/metrics",
             f"  models {', '.join(names)}",
+            *([f"  page   {base}/"] if settings.playground and not unix else []),
             "",
             f"  curl -N {flag}{base}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'",
             "",

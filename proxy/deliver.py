@@ -51,6 +51,11 @@ _STREAM_HEADERS = {
 }
 
 
+#: Between the error event and the break: Chromium drops what it has not read when both come at once (23 of 60
+#: streams, measured; Node and Python none).
+_LAST_WORDS_S = 0.03
+
+
 class Delivery:
     """One request's answer. Nothing is sent before there is something to send."""
 
@@ -329,6 +334,7 @@ class Delivery:
             self._write_raw(held)
         elif pipe is None or pipe.takes_event():
             self._write_raw(error.event(ctx.dialect, ctx.request_id))
+            await asyncio.sleep(_LAST_WORDS_S)
         return await self._abort()
 
     def _write_raw(self, data: bytes) -> None:

@@ -250,6 +250,8 @@ class Pipe:
                     await self._drain(exchange)
         finally:
             self._exchange = None
+            if self._ending is not Ending.FRAMED:
+                exchange.pause()  # nothing more of it goes to the caller
             if self._timer is not None:
                 self._timer.cancel()
             if self._times:
