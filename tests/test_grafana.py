@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 from grafana import build
 from grafana.boards import BOARDS
+from tests import charts
 from tests.kit import traffic
 from tests.kit.fleet import fleet
 from tests.kit.headrace import ROOT
@@ -144,6 +146,21 @@ def test_provisioning(file: Path) -> None:
     else:
         assert entry["type"] == "file"
         assert entry["options"]["path"].startswith("/")
+
+
+def test_the_readmes_picture() -> None:
+    """Its panels are those of the dashboards; values lie where they belong, gaps stay gaps."""
+    titles = {(name, panel["title"]) for name, each in DASHBOARDS.items() for panel in panels(each)}
+    assert {(board, title) for board, title, _ in charts.PICTURES} <= titles
+    flat = [(float(at), 3.0) for at in range(90) if not 40 < at < 50]
+    lines = charts.Picture("a < b", "s", False, {"one": flat, "two": [(at, 1.0) for at, _ in flat]})
+    drawn = ElementTree.fromstring(charts.svg([lines, lines._replace(stacked=True)], "what it is"))
+    paths = [path.attrib for path in drawn.iter("{http://www.w3.org/2000/svg}path")]
+    curves = [each["d"] for each in paths if each.get("stroke-width") == "1.8"]
+    assert len(curves) == 2
+    assert all(curve.count("M") == 2 for curve in curves), "the missing ten seconds are not drawn over"
+    assert len([each for each in paths if "fill-opacity" in each]) == 2
+    assert "a < b" in {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
 
 
 # ── rules ────────────────────────────────────────────────────────────────────────────────────────────────
