@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 from bench import report
 from bench.targets import DIRECT
 
-_WIDTH, _LEFT, _RIGHT = 880, 190, 96
+_WIDTH, _LEFT, _RIGHT = 880, 206, 136
 _ROW, _TITLE, _AXIS, _FOOT = 28, 58, 34, 40
+#: Numbers that fit below an axis.
+_MARKS = 11
 _NAMES = {
     "headrace-full": "Headrace, everything on",
     "headrace-open": "Headrace, open mode",
@@ -131,6 +133,8 @@ class _Scale:
         low = max(mark for mark in marks if mark <= max(min(values), marks[0]))
         high = min(mark for mark in marks if mark >= max(values))
         self.marks = [mark for mark in marks if low <= mark <= high]
+        crowded = len(self.marks) > _MARKS
+        self.named = [mark for mark in self.marks if not crowded or math.log10(mark).is_integer()]
         self._low, self._span = math.log(low), math.log(high / low) or 1.0
 
     def x(self, value: float) -> float:
@@ -170,7 +174,9 @@ def _panel(panel: Panel, top: int) -> Iterator[str]:
     for mark in scale.marks:
         x = scale.x(mark)
         yield f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{first}" y2="{last}"/>'
-        yield f'<text class="quiet" x="{x:.1f}" y="{last + 18}" text-anchor="middle">{_number(mark)}</text>'
+        if mark in scale.named:
+            place = f'x="{x:.1f}" y="{last + 18}" text-anchor="middle"'
+            yield f'<text class="quiet" {place}>{_number(mark)}</text>'
     for number, row in enumerate(panel.rows):
         yield from _row(row, scale, first + number * _ROW + _ROW // 2)
 

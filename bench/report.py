@@ -46,15 +46,15 @@ def headline(document: dict[str, Any]) -> str:
 
 
 def _block(document: dict[str, Any], peers: list[str]) -> list[str]:
-    found = [f"{'':<50}" + "".join(f"{peer:>24}" for peer in peers)]
+    found = [f"{'':<50}" + "".join(f"{peer:>27}" for peer in peers)]
     for name, figure in FIGURES.items():
         cells = [_cell(document, peer, name, figure) for peer in peers]
         if any(cells):
             label = f"{figure.label}, {figure.unit}" if figure.unit else figure.label
-            found.append(f"{label:<50}" + "".join(f"{cell:>24}" for cell in cells))
+            found.append(f"{label:<50}" + "".join(f"{cell:>27}" for cell in cells))
             seconds = [beside(document, peer, name, figure) for peer in peers]
             if any(seconds):
-                found.append(f"{'':<50}" + "".join(f"{text:>24}" for text in seconds))
+                found.append(f"{'':<50}" + "".join(f"{text:>27}" for text in seconds))
     return [*found, ""]
 
 
@@ -62,7 +62,8 @@ def _cell(document: dict[str, Any], peer: str, name: str, figure: Figure) -> str
     found = document["peers"][peer]["figures"].get(name)
     if not found:
         return ""
-    median, low, high = (f"{found[key]:,.{figure.digits}f}" for key in ("median", "min", "max"))
+    digits = figure.digits if found["median"] < 1000 else 0
+    median, low, high = (f"{found[key]:,.{digits}f}" for key in ("median", "min", "max"))
     return median if low == high else f"{median} ({low}-{high})"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -209,3 +210,28 @@ def test_the_table_says_what_was_left_out() -> None:
     text = "\n".join(report.lines(result))
     assert "51.0 (50.0-52.0)" in text
     assert "skipped portkey: apt-get install npm" in text
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def command(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "proxy", "bench", *words], cwd=cwd, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_command_hands_its_flags_over() -> None:
+    """Its own help, a tool's help, and a peer that there is not."""
+    assert "--realtime" in command("-h", cwd=machine.REPOSITORY).stdout
+    assert "--print-only" in command("check", "--help", cwd=machine.REPOSITORY).stdout
+    unknown = command("--quick", "ngnix", cwd=machine.REPOSITORY)
+    assert unknown.returncode == 2
+    assert "no peer ngnix: there are direct, ferrogw" in unknown.stderr
+
+
+def test_without_the_repository_the_command_says_so(tmp_path: Path) -> None:
+    shutil.copytree(machine.REPOSITORY / "proxy", tmp_path / "proxy")
+    alone = command("--quick", cwd=tmp_path)
+    assert alone.returncode == 1
+    assert alone.stderr == "headrace: bench needs the repository: clone it, and run `make bench` there\n"
