@@ -114,7 +114,6 @@ UPSTREAMS = (
         "cuts inside UTF-8, CRLF, every byte alone",
         "identical bytes, the same usage",
         f"{STREAMS}test_bytes_arrive_as_they_were_sent",
-        f"{STREAMS}test_heartbeats_are_all_that_is_added",
         "tests/test_sse.py::test_cuts_change_nothing",
         "tests/test_wire.py::test_a_head_byte_by_byte",
     ),

@@ -12,7 +12,7 @@ import sys
 from time import monotonic
 
 _PAUSE_S = 0.005
-_LEAST = 100
+_LEAST = 300
 _BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}]}'
 
 

@@ -45,8 +45,7 @@ def proves(proof: str, node: str) -> bool:
 
 def table(name: str) -> Table:
     """Of tests/NAME/table.py."""
-    found = importlib.import_module(f"tests.{name}.table").TABLE
-    assert isinstance(found, Table)
+    found: Table = importlib.import_module(f"tests.{name}.table").TABLE
     return found
 
 
@@ -126,7 +125,7 @@ def main(names: Sequence[str]) -> int:
     tables = [table(name) for name in names]
     nodes = to_run(row for found in tables for row in found.rows)
     recorder = Recorder()
-    quiet = ("-q", "-p", "no:cacheprovider", "--durations=0", "--durations-min=20")
+    quiet = ("-q", "-p", "no:cacheprovider", "--durations=0", "--durations-min=3")
     for extra in ((*_SIDE_BY_SIDE, "-m", "not slow and not alone"), ("-m", "not slow and alone")):
         code = pytest.main([*quiet, *extra, *nodes], plugins=[recorder])
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
