@@ -17,6 +17,7 @@ import yaml
 from tests.kit.callers import Answer, Caller, ask, chat, everything
 from tests.kit.headrace import Command, command, settings_for, until
 from tests.kit.lab import Gate, hold, last_event, plays
+from tests.kit.ledger import written
 from tests.kit.upstreams import DONE, END, HEAD, Call, Script, Scripted, chunk, event, scripted
 
 pytestmark = pytest.mark.timeout(40)
@@ -54,7 +55,9 @@ class Drained:
 async def headrace(script: Script, tmp_path: Path, **sections: Any) -> AsyncIterator[Drained]:
     async with scripted(script) as upstream:
         file = tmp_path / "headrace.yaml"
-        file.write_text(yaml.safe_dump(settings_for(upstream.url, **{"drain": DRAIN_S, **sections})))
+        ledger = {"database": f"sqlite:{tmp_path}/headrace.db"}
+        settings = settings_for(upstream.url, **{"drain": DRAIN_S, "ledger": ledger, **sections})
+        file.write_text(yaml.safe_dump(settings))
         async with command("-c", str(file), "serve") as process:
             yield Drained(process, upstream, await process.serving())
 
@@ -111,6 +114,7 @@ async def test_the_short_finish_and_the_long_are_told(tmp_path: Path) -> None:
             assert b"[DONE]" not in answer.body
         reasons = sorted(line["reason"] for line in lab.process.requests())
         assert reasons == ["complete"] * 10 + ["drained"] * 10
+        assert sorted(row.reason for row in written(tmp_path / "headrace.db")) == reasons
         await asyncio.gather(*(call.gone.wait() for call in lab.upstream.calls if b'"long"' in call.body))
 
 

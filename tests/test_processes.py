@@ -17,6 +17,7 @@ import trustme
 from tests.kit.callers import Answer, Caller, ask, chat, everything
 from tests.kit.fleet import Fleet, Scraper, alive, fleet, samples, scraped, summed
 from tests.kit.headrace import ROOT, command, settings_for, until
+from tests.kit.invariant import balanced
 from tests.kit.lab import Gate, hold, last_event, plays
 from tests.kit.upstreams import DONE, END, HEAD, Call, Script, chunk, event, scripted
 
@@ -617,6 +618,7 @@ async def test_few_file_descriptors(tmp_path: Path) -> None:
         await running.quiet()
         for _ in range(2 * cap):
             assert (await ask(running.port, asking("short"))).body == BODY
+        await balanced(running, upstream.calls)
         running.first.signal(signal.SIGTERM)
         await ending(running)
         others = [line for line in running.first.out if '"event":"request"' not in line]

@@ -20,6 +20,7 @@ from tests.kit.chaos import Fault, chaos
 from tests.kit.desk import Crowd, Desk, question
 from tests.kit.fleet import Fleet, fleet, summed
 from tests.kit.headrace import settings_for, until
+from tests.kit.invariant import balanced
 from tests.kit.redis import RedisServer, redis_server
 from tests.kit.upstreams import scripted
 
@@ -54,8 +55,9 @@ class Pair:
                     await asyncio.sleep(0.02)
 
     async def quiet(self) -> None:
+        """And the books of both agree."""
         for each in self.fleets:
-            await each.quiet()
+            await balanced(each)
 
 
 @asynccontextmanager

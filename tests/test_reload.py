@@ -14,6 +14,7 @@ import yaml
 from tests.kit.callers import Caller, ask, chat
 from tests.kit.fleet import Fleet, fleet, write
 from tests.kit.headrace import settings_for, until
+from tests.kit.invariant import balanced
 from tests.kit.upstreams import DONE, END, HEAD, Call, chunk, event, scripted
 
 A = event("a")
@@ -122,6 +123,7 @@ async def test_a_bad_file_changes_nothing(tmp_path: Path, workers: int) -> None:
             assert await reloads(running, "error") >= count
         assert await reloads(running, "ok") == 0
         await until(lambda: len(running.logged("reload_failed")) >= len(BAD))
+        await balanced(running, upstream.calls)
 
 
 async def test_fifty_reloads_leak_nothing(tmp_path: Path) -> None:

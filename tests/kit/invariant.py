@@ -8,6 +8,7 @@ of the rows.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.kit.fleet import Fleet, summed
 from tests.kit.headrace import Headrace, until
 from tests.kit.ledger import written
 from tests.kit.upstreams import Call
@@ -58,6 +60,20 @@ async def invariant(
     assert started is None or len(lines) == started, lines
     told_once(lines, samples)
     rows_are_right(lines, written(ledger)[known:], [call for each in calls for call in each], samples)
+
+
+async def balanced(running: Fleet, *calls: list[Call]) -> None:
+    """The same of processes that nobody has killed, once nothing goes on in them."""
+    await running.quiet()
+    async with asyncio.timeout(10):
+        while (await running.state())["ledger_pending"]:
+            await asyncio.sleep(0.02)
+    samples = await running.metrics()
+    total = summed(samples, "headrace_requests_total")
+    await until(lambda: len(running.logged("request")) >= total)
+    lines, rows = running.logged("request"), written(running.file.parent / "headrace.db")
+    told_once(lines, samples)
+    rows_are_right(lines, rows, [call for each in calls for call in each], samples)
 
 
 def _ledger(headrace: Headrace) -> Path:
