@@ -305,7 +305,7 @@ async def test_an_error_its_countdown_and_another_try(stage: Stage) -> None:
 async def test_a_stream_without_its_terminator(stage: Stage, faults: str) -> None:
     """The text that came is there, and a banner says that it may lack its end."""
     async with desk(*stage) as it:
-        await it.send(f"{faults}, gap=0.05")
+        await it.send(f"{faults}, gap=0.3")
         await it.phase("incomplete")
         await expect(it.page.locator(".notice.warn")).to_contain_text("This answer is not complete")
         # A browser may drop what came right before the connection was cut.

@@ -43,8 +43,14 @@ INPUTS = (*HEADS, *REFUSED_LATER)
 
 
 def cases(inputs: Sequence[Input | Served]) -> list[Any]:
-    """Each in every mode that it is meant for."""
-    return [pytest.param(each, mode, id=f"{each}-{mode}") for each in inputs for mode in each.modes]
+    """Each in every mode that it is meant for; more than one are for `make test-hostile` and `test-all`."""
+    return [
+        pytest.param(
+            each, mode, id=f"{each}-{mode}", marks=[pytest.mark.slow] if mode != each.modes[-1] else []
+        )
+        for each in inputs
+        for mode in each.modes
+    ]
 
 
 @asynccontextmanager
