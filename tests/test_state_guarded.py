@@ -169,7 +169,15 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+#: Each takes two seconds; these two are much like others.
+LATER = ("throttled", "loading")
+faults = [
+    pytest.param(fault, id=name, marks=[pytest.mark.slow] if name in LATER else [])
+    for name, fault in FAULTS.items()
+]
+
+
+@pytest.mark.parametrize("fault", faults)
 async def test_a_bad_network_under_load(fault: Fault) -> None:
     """Nobody notices but the log."""
     async with site("local") as made:

@@ -427,7 +427,7 @@ async def test_held_back(push: bool) -> None:
 @both
 @pytest.mark.alone
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("framing", ["length", pytest.param("chunked", marks=pytest.mark.slow)])
 async def test_512_megabytes(push: bool, framing: str) -> None:
     """The largest upload that is allowed: every byte, and no more memory than a small one."""
     size = 2**29

@@ -67,6 +67,7 @@ async def test_ten_megabytes_without_a_newline(tmp_path: Path) -> None:
         assert digest.digest() == hashlib.sha256(sent).digest()
         assert took_s < 5 * 2.0
         assert most - before < 8 * 2**20
+        await until(lambda: len(here.logged("request")) == 2)
         assert here.logged("request")[-1]["reason"] == "complete"
         await here.quiet()
 

@@ -162,7 +162,11 @@ def ends(here: Fleet) -> list[str]:
     return [line["reason"] for line in lines if line["status"] != 200 or line["model"] == "endless"]
 
 
-@pytest.mark.parametrize("attack", [head, body, chunks, read], ids=lambda attack: attack.__name__)
+@pytest.mark.parametrize(
+    "attack",
+    [head, body, pytest.param(chunks, marks=pytest.mark.slow), read],
+    ids=lambda attack: attack.__name__,
+)
 async def test_two_hundred(attack: Attack, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All are rid of by the deadline, nothing of them is left, and the good caller hardly notices."""
     without: list[float] = []

@@ -39,8 +39,8 @@ class Way:
 
 PLAIN = (Way(push=True), Way(push=False))
 ALL = (*PLAIN, Way(push=True, tls=True), Way(push=False, tls=True))
-#: Runs a test over both data paths; `everywhere` over TLS as well (the fallback's is for `make test-all`). The
-#: test takes `way`.
+#: Runs a test over both data paths; `everywhere` over TLS as well (the fallback's in `make test-all`).
+#: The test takes `way`.
 both = pytest.mark.parametrize("way", PLAIN, ids=str)
 everywhere = pytest.mark.parametrize(
     "way", [*ALL[:-1], pytest.param(ALL[-1], marks=pytest.mark.slow)], ids=str
