@@ -361,6 +361,9 @@ async def test_acquires_of_unknown_end_leave_nothing(server: RedisServer) -> Non
         opened(f"redis://127.0.0.1:{proxy.port}") as state,
         opened(server.url, 5.0) as witness,
     ):
+        lease = await state.acquire([Slot("machine", 1)], NONSENSE)  # from now on Redis knows the script
+        assert lease is not None
+        await state.release(lease)
         for fault in faults * 3:
             await proxy.become(Fault())
             await until(lambda: connected(state, 32))
