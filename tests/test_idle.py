@@ -34,6 +34,7 @@ async def p99_ms(port: int) -> float:
     return statistics.quantiles(taken, n=100)[98]
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.timeout(120)
 async def test_six_thousand_idle_connections(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ async def test_a_rate_is_shared_to_the_request(tmp_path: Path, server: RedisServ
         assert len(here.desk.seen) == passed
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 async def test_an_upstreams_slots_are_shared_and_never_exceeded(
     tmp_path: Path, server: RedisServer, workers: int
 ) -> None:

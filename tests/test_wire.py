@@ -374,7 +374,7 @@ async def test_a_large_answer_is_piped(way: Way, framing: str) -> None:
 
 @both
 @pytest.mark.alone
-@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("framing", [pytest.param("length", marks=pytest.mark.slow), "chunked"])
 async def test_speech_for_a_slow_listener(way: Way, framing: str) -> None:
     """200 MB of audio for a reader that first takes nothing: the upstream has to wait, memory stays flat, and
     every byte arrives."""
