@@ -16,7 +16,7 @@ import yaml
 from tests.kit.callers import Caller, chat
 from tests.kit.headrace import command, settings_for
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.alone]
 
 STREAMS = 1000
 #: Contract: memory per stream is bounded. Measured: about 32 KB; the rest is slack.
