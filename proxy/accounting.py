@@ -58,7 +58,7 @@ async def open_bill(
     held = await admission.reserve_tokens(ctx, plan, (ctx.model, entry), ctx.asked_tokens + output)
     try:
         return Bill(held, await _reserve_dollars(admission, ctx, plan, entry, output))
-    except HeadraceError:
+    except BaseException:  # a caller that leaves meanwhile too: the store may be at the end of a network
         await admission.settle(held, 0)
         raise
 

@@ -38,7 +38,7 @@ _COLUMNS = """
     cost_picos INTEGER, list_cost_picos INTEGER"""
 # For a caller's own usage: an entry holds the id as well, so a time range of one caller is a range of it.
 _INDEX = "CREATE INDEX ledger_by_caller ON ledger (caller)"
-_INSERT = f"INSERT OR IGNORE INTO ledger VALUES ({', '.join('?' * len(Row.__struct_fields__))})"  # noqa: S608
+_INSERT = f"INSERT OR IGNORE INTO ledger VALUES ({', '.join('?' * len(Row.__struct_fields__))})"  # noqa: S608 - column marks only
 _DELETE = "DELETE FROM ledger WHERE id IN (SELECT id FROM ledger WHERE id < ? ORDER BY id LIMIT ?)"
 
 #: What a row can have wrong that its neighbours have not.

@@ -131,7 +131,7 @@ def spending(path: Path, day: float, month: float) -> list[Spending]:
             return []
         today = "CASE WHEN id >= ? THEN cost_picos ELSE 0 END"
         query = (
-            f"SELECT caller, plan, {_halves(today)}, {_halves('cost_picos')} FROM f.ledger"  # noqa: S608
+            f"SELECT caller, plan, {_halves(today)}, {_halves('cost_picos')} FROM f.ledger"  # noqa: S608 - ours
             " WHERE id >= ? AND caller <> '' AND cost_picos IS NOT NULL GROUP BY caller, plan"
         )
         first = first_id(day)
@@ -202,14 +202,14 @@ def _collect(
     merge: bool,
 ) -> None:
     where, values = bounds
-    unseen = f"{where} AND id NOT IN (SELECT id FROM temp.seen)" if merge else where  # noqa: S608
+    unseen = f"{where} AND id NOT IN (SELECT id FROM temp.seen)" if merge else where  # noqa: S608 - ours
     for keys, numbers in _select(connection, by, unseen, values):
         sums = _sums(numbers)
         if sums.requests:
             found.setdefault(keys, Sums()).add(sums)
     if merge:
         with connection:
-            query = f"INSERT OR IGNORE INTO temp.seen SELECT id FROM f.ledger WHERE {where}"  # noqa: S608
+            query = f"INSERT OR IGNORE INTO temp.seen SELECT id FROM f.ledger WHERE {where}"  # noqa: S608 - ours
             connection.execute(query, values)
 
 

@@ -257,7 +257,7 @@ class Exchange:
         """Until the other side's kernel has it all: a reset throws away what is still queued on this one."""
         transport.set_write_buffer_limits(high=0)
         await self.request.writer.drain()
-        while struct.unpack("i", fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)))[0]:  # noqa: ASYNC110
+        while struct.unpack("i", fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)))[0]:  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.001)
 
     def _transport(self) -> asyncio.WriteTransport:

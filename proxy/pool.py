@@ -152,7 +152,7 @@ class Pool:
     def _set_factory(self, loop: asyncio.AbstractEventLoop, push: bool) -> None:
         connector = self.connector
         connector._factory = (
-            functools.partial(WireConnection, loop)  # type: ignore[assignment]
+            functools.partial(WireConnection, loop)  # type: ignore[assignment] # a subclass
             if push
             else functools.partial(SessionConnection, loop, connector._acquired, self._max_age_s)
         )

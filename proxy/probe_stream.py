@@ -104,5 +104,5 @@ async def _keep_silent(response: web.StreamResponse, rhythm: Rhythm, core: Core)
 async def _wait(seconds: float, core: Core) -> None:
     ends_at = monotonic() + seconds
     # One of eight looks at a level; an event would have to be set by every drain.
-    while (left := ends_at - monotonic()) > 0 and not core.draining:  # noqa: ASYNC110
+    while (left := ends_at - monotonic()) > 0 and not core.draining:  # noqa: ASYNC110 - rare, and bounded
         await asyncio.sleep(min(left, _LOOK_S))

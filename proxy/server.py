@@ -336,7 +336,7 @@ class Server:
         listener = self._runner.listener if self._runner is not None else None
         give_up_at = time.monotonic() + limit_s
         await asyncio.sleep(0.01)  # uvloop makes the last connections after their accept
-        while (  # noqa: ASYNC110
+        while (  # noqa: ASYNC110 - once in a process's life
             listener is not None
             and listener.has_fresh()
             and time.monotonic() < give_up_at
@@ -349,7 +349,7 @@ class Server:
     async def _until_idle(self, limit_s: float, hurry: asyncio.Event | None) -> None:
         give_up_at = time.monotonic() + limit_s
         # Looking is done once in a process's life; an event would have to be kept by every request.
-        while (  # noqa: ASYNC110
+        while (  # noqa: ASYNC110 - once in a process's life
             self.core.running and time.monotonic() < give_up_at and not (hurry and hurry.is_set())
         ):
             await asyncio.sleep(0.02)

@@ -69,19 +69,19 @@ class _Body(StreamReader):
     __slots__ = ()
 
     def feed_data(self, data: bytes, size: int = 0) -> bool:
-        self._protocol.pieces.append(data)  # type: ignore[attr-defined]
+        self._protocol.pieces.append(data)  # type: ignore[attr-defined] # a WireConnection
         return False
 
     def feed_eof(self) -> None:
         self._eof = True
-        self._protocol.complete = True  # type: ignore[attr-defined]
+        self._protocol.complete = True  # type: ignore[attr-defined] # a WireConnection
 
     def set_exception(self, exc: BaseException, exc_cause: BaseException | None = None) -> None:
         pass  # the parser raises the same error out of feed_data
 
     # Called around every chunk; a C function that does nothing costs a third of a Python one.
-    begin_http_chunk_receiving = staticmethod(int)  # type: ignore[assignment]
-    end_http_chunk_receiving = staticmethod(int)  # type: ignore[assignment]
+    begin_http_chunk_receiving = staticmethod(int)  # type: ignore[assignment] # called, not read
+    end_http_chunk_receiving = staticmethod(int)  # type: ignore[assignment] # the same
 
 
 class WireConnection(ResponseHandler):
@@ -122,7 +122,7 @@ class WireConnection(ResponseHandler):
             exchange.touched = True
         fault: Exception | None = None
         try:
-            messages, upgraded, _ = self._parser.feed_data(data)  # type: ignore[union-attr]
+            messages, upgraded, _ = self._parser.feed_data(data)  # type: ignore[union-attr] # set by begin
             if messages:
                 self._took_heads(exchange, messages, upgraded)
         except Exception as error:  # the parser's own kinds, and what a broken one may raise

@@ -19,6 +19,7 @@ from proxy import budgets
 from proxy.identity import Principal
 from proxy.schema import Plan
 from tests.kit.callers import Answer, ask
+from tests.kit.chaos import Fault, chaos
 from tests.kit.desk import Crowd, Desk, question
 from tests.kit.fleet import fleet, summed
 from tests.kit.headrace import Headrace, running, settings_for, until
@@ -286,3 +287,23 @@ async def test_usage_of_a_caller(tmp_path: Path) -> None:
             counted = document[period]
             assert (counted["requests"], counted["completion_tokens"], counted["cost_usd"]) == (3, 3, "3.00")
         assert (await usage_of(headrace.port, keys[1]))["day"]["requests"] == 0
+
+
+async def test_who_leaves_while_the_store_decides_leaves_no_reservation_behind(tmp_path: Path) -> None:
+    """Tokens are taken, dollars are being asked for at the end of a slow network: callers leave at instants
+    all over it."""
+    plans = {"small": {"tokens_per_minute": 1_000_000}}
+    key = await make_key(tmp_path, plan="small", budget_day=10_000)
+    async with redis_server() as server, chaos(server.port) as network:
+        await network.become(Fault(delay_s=0.01))
+        limits = {"store": f"redis://127.0.0.1:{network.port}"}
+        async with office(tmp_path, plans=plans, limits=limits) as (headrace, desk):
+            desk.open_all()
+            crowd = Crowd(headrace.port)
+            names = [str(number) for number in range(60)]
+            for number, name in enumerate(names):
+                crowd.ask(name, bearer(key), max_tokens=MOST)
+                await asyncio.sleep(0.001 * (number % 50))
+                crowd.leave(name)
+            await headrace.quiet()
+            assert len(headrace.log_lines()) > 0

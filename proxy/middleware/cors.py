@@ -85,7 +85,7 @@ class _Adapter(AbstractRouterAdapter):
         """By origin; made again when a reload has replaced the section."""
         section = request.app[CORE].config.cors
         if section is not self._section:
-            options = ResourceOptions(  # type: ignore[no-untyped-call]
+            options = ResourceOptions(  # type: ignore[no-untyped-call] # it has no types
                 allow_credentials=False, expose_headers=EXPOSED, allow_headers="*", max_age=section.max_age
             )
             self._section, self._options = section, dict.fromkeys(section.origins, options)

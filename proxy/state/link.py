@@ -104,7 +104,7 @@ class Link:
             await self._idle.pop().disconnect(nowait=True)
 
     def _make(self) -> AbstractConnection:
-        made: AbstractConnection = self._maker.make_connection()  # type: ignore[no-untyped-call]
+        made: AbstractConnection = self._maker.make_connection()  # type: ignore[no-untyped-call] # redis-py
         return made
 
     async def _bounded(self, work: Coroutine[Any, Any, T]) -> T | StoreUnavailable:
@@ -122,7 +122,7 @@ async def _freshen(connection: AbstractConnection) -> None:
     if connection.is_connected and await connection.can_read():
         await connection.disconnect(nowait=True)
     if not connection.is_connected:
-        await connection.connect()  # type: ignore[no-untyped-call]
+        await connection.connect()  # type: ignore[no-untyped-call] # redis-py
 
 
 def _reason(error: Exception) -> str:
