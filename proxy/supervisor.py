@@ -12,6 +12,7 @@ drains, and reports its figures to the new one until it ends, so that no counter
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -46,6 +47,8 @@ from proxy.workers import LocalWorker, RemoteWorker, Worker, encode_settings
 from proxy.yamlstruct import ConfigError
 
 _ADMIN_CONNECTIONS = 100
+#: Seconds after the deadline at which a worker ends its drain by itself, should nobody tell it to.
+_BACKSTOP_S = 1.0
 
 
 class Front:
@@ -361,13 +364,19 @@ class Front:
         self.draining = True
         for keeper in self._keepers:
             keeper.stop()
-        hurry = spawn(self._pass_on_hurry(), "hurry")
-        await self._crew.drain(self._drain_s)
+        ending = spawn(self._end_drain(), "end the drain")
+        await self._crew.drain(self._drain_s + _BACKSTOP_S)
         await self._crew.until_elders_gone(self._drain_s, self._hurry)
-        hurry.cancel()
+        ending.cancel()
 
-    async def _pass_on_hurry(self) -> None:
-        await self._hurry.wait()
+    async def _end_drain(self) -> None:
+        """At the deadline, or at once when hurried. The room closes first: a slot that one worker gives back
+        now would send another's waiter to an upstream for nothing."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_s):
+                await self._hurry.wait()
+        if self._room is not None:
+            await self._room.close()
         await self._crew.hurry()
 
     async def close(self) -> None:
