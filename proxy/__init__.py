@@ -53,6 +53,7 @@ resources
     keystore/ base, sqlite, redis
     keys        the keys a process knows, and the pepper
     jwks        an identity service's public keys
+    jwtauth     from a JSON Web Token to its Principal
     authenticator  from a credential to its Principal
     shared      the memory that all processes count in, and who owns what in it
     stores      the stores of limits, as one process uses them
@@ -86,7 +87,8 @@ data path
 web
     middleware/ request_id, observe, errors, guard, cors, auth, limits
     key_order   what people write to get a key
-    key_commands  keys and tokens, for the command line and the admin API
+    key_commands  keys, for the command line and the admin API
+    token_commands  tokens of our own, for the command line
     usage_report  sums of the ledger for people and programs
     usage_chart  money a day as an SVG
     browser_api what a web page may ask without a key, and its answer's shape
@@ -108,17 +110,23 @@ composition
     handover    the two ends of a restart
     supervisor  binds the sockets, runs the workers, holds the admin listener; reload, restart
     usage_verify  counters against rows
-    cli_admin   what the commands ask of a running server
-    cli_keys    the commands about keys and tokens
+    cli_source  where a command's configuration comes from
+    cli_serve   the commands that are the proxy: serve, and its workers
+    cli_check   the command that looks at a configuration
+    cli_admin   the commands to a running server
+    cli_keys    the commands about keys
+    cli_token   the command about tokens
     cli_usage   the command about tokens and money
     cli_bench   the command that hands over to bench/
+    cli_mock    the command that is an upstream
     top         the running requests as a table
+    cli_top     the command that shows them
     doctor_findings  what is wrong with a chain, and how it is told
     doctor_rules  what a chain's behaviour means
     doctor_asks   questions to a chain, their answers timed
     doctor      who between callers and Headrace buffers, compresses, cuts or drops
-    cli_tools   the commands of who operates it
-    cli         the commands
+    cli_doctor  the command that asks
+    cli         the commands by name; each is loaded when it is called
 beside
     mock_behaviour  how the mock upstream answers: one field a fault
     mock_ask    what a request asks it for, and the words that answer it
@@ -128,6 +136,12 @@ beside
     mock_dialects  its routes, how each answers and fails
     mock_wire   one answer of it on the wire, and how it goes wrong there
     mock        the mock upstream
+    client_errors  why there is no answer: nine kinds
+    client_events  an event stream as deltas
+    client_limits  limits that a program keeps by itself
+    client_exchange  one request: its attempts, and its answer
+    client_stream  an answer for who reads it
+    client      the client for Python programs
 """
 
 __version__ = "0.1.0"

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import TYPE_CHECKING
 
 import structlog
 
-from proxy.errors import InvalidCredential, InvalidToken, StartError
+from proxy.errors import InvalidCredential, InvalidToken
 from proxy.identity import Principal, pepper_id, verify_key
-from proxy.jwks import Jwks
 from proxy.keys import KeyCache, load_pepper
 from proxy.keystore import open_store
 from proxy.schema import Auth, Jwt
-from proxy.webtoken import (
-    SharedSecret,
-    SigningKeys,
-    TokenRules,
-    UnknownSigningKey,
-    looks_like_token,
-    verify_token,
-)
+
+if TYPE_CHECKING:
+    from proxy.jwtauth import TokenAuthenticator
 
 
 class Authenticator:
@@ -30,32 +25,23 @@ class Authenticator:
         """Raises StartError: the pepper, the store or the token secret cannot be used."""
         self.plans = plans
         self.cache = KeyCache(open_store(auth.database))
-        self.jwks: Jwks | None = None
         self._pepper = load_pepper(auth.pepper, auth.database)
-        self._rules: TokenRules | None = None
-        if auth.jwt is not None:
-            keys = signing_keys(auth.jwt)
-            self.jwks = keys if isinstance(keys, Jwks) else None
-            self._rules = token_rules(auth.jwt, keys)
+        self.tokens = None if auth.jwt is None else _of_tokens(auth.jwt)
 
     async def start(self, now: float) -> None:
         """Loads the keys. Raises StartError: the store cannot be read."""
         await self.cache.start()
-        if self.jwks is not None:
-            await self.jwks.start()
         foreign = self.cache.foreign(pepper_id(self._pepper), now)
         if foreign:
             advice = "these keys cannot be used: restore auth.pepper, or make new ones"
             structlog.get_logger().warning("keys_of_another_pepper", keys=foreign, advice=advice)
-        keys = self._rules.keys if self._rules is not None else None
-        if isinstance(keys, SharedSecret) and keys.is_short:
-            advice = "auth.jwt.secret has less than 32 bytes, and can be guessed from one token"
-            structlog.get_logger().warning("jwt_secret_is_short", advice=advice)
+        if self.tokens is not None:
+            await self.tokens.start()
 
     async def close(self) -> None:
         await self.cache.close()
-        if self.jwks is not None:
-            await self.jwks.close()
+        if self.tokens is not None:
+            await self.tokens.close()
 
     async def identify(self, credential: str | None, now: float) -> Principal:
         """Who sends this credential; `now` is wall-clock seconds. It waits for nothing but the fetch that a
@@ -64,14 +50,12 @@ class Authenticator:
         Raises:
             InvalidCredential: nobody; ExpiredToken and InvalidToken are kinds of it.
         """
-        if self._rules is None or credential is None or not looks_like_token(credential):
+        if self.tokens is None or credential is None or not self.tokens.fits(credential):
             return self._by_key(credential or "", now)
-        try:
-            return self._by_token(credential, self._rules, now)
-        except UnknownSigningKey:
-            if self.jwks is None or not await self.jwks.refetch():
-                raise
-            return self._by_token(credential, self._rules, now)
+        principal = await self.tokens.identify(credential, now)
+        if principal.plan not in self.plans:
+            raise InvalidToken
+        return principal
 
     def _by_key(self, text: str, now: float) -> Principal:
         record = verify_key(text, self.cache.get, self._pepper, now)
@@ -80,29 +64,9 @@ class Authenticator:
             raise InvalidCredential
         return record.principal
 
-    def _by_token(self, text: str, rules: TokenRules, now: float) -> Principal:
-        principal = verify_token(text, rules, now)
-        if principal.plan not in self.plans:
-            raise InvalidToken
-        return principal
 
+def _of_tokens(settings: Jwt) -> TokenAuthenticator:
+    """Raises StartError."""
+    from proxy.jwtauth import TokenAuthenticator  # it costs every start that needs none: see there
 
-def signing_keys(settings: Jwt) -> SigningKeys:
-    """The shared secret, or the keys behind the URL, not yet fetched. Raises StartError."""
-    if "HS256" not in settings.algorithms:
-        assert settings.jwks_url is not None  # checked by proxy.config
-        return Jwks(settings.jwks_url, settings.algorithms)
-    try:
-        return SharedSecret(settings.secret or "")
-    except ValueError as error:
-        raise StartError(f"auth.jwt.secret: {error}") from None
-
-
-def token_rules(settings: Jwt, keys: SigningKeys) -> TokenRules:
-    return TokenRules(
-        algorithms=settings.algorithms,
-        issuer=settings.issuer,
-        audience=settings.audience,
-        plan_claim=settings.plan_claim,
-        keys=keys,
-    )
+    return TokenAuthenticator(settings)

@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
+from proxy.cli_source import Source
 from proxy.errors import StartError
 
 #: Beside the package in a checkout, and nowhere else.
@@ -16,17 +16,11 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 _TOOLS = ("check", "chart", "features", "profile", "report", "retries")
 
 
-def add_parser(commands: Any) -> None:
-    """commands: what `add_subparsers` gave."""
+def bench_parser(parser: argparse.ArgumentParser, _: Source) -> None:
     # No character begins an option here: the bench reads its own flags, -h included.
-    command: argparse.ArgumentParser = commands.add_parser(
-        "bench",
-        prefix_chars="\0",
-        add_help=False,
-        help="measure Headrace beside nginx and others (in a checkout)",
-    )
-    command.add_argument("rest", nargs="*")
-    command.set_defaults(run=_bench)
+    parser.prefix_chars = "\0"
+    parser.add_argument("rest", nargs="*")
+    parser.set_defaults(run=_bench)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -1,16 +1,16 @@
-"""`headrace keys …` and `headrace token issue`: flags in, text or JSON out; the work is `key_commands`."""
+"""`headrace keys …`: flags in, text or JSON out; the work is `key_commands`."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import uvloop
 
 from proxy import key_commands
+from proxy.cli_source import Source, config_flag
 from proxy.config import Config
 from proxy.identity import KeyRecord
 from proxy.key_order import DEFAULT_PLAN, KeyOrder
@@ -18,15 +18,10 @@ from proxy.keys import load_pepper
 from proxy.keystore import opened
 from proxy.keystore.base import KeyStore
 
-#: From the command line to its configuration.
-Settings = Callable[[argparse.Namespace], Config]
 
-
-def add_parsers(commands: Any, common: argparse.ArgumentParser, settings: Settings) -> None:
-    """commands: what `add_subparsers` gave."""
-    verbs = commands.add_parser("keys", help="API keys: create, list, show, revoke, rotate")
-    verbs = verbs.add_subparsers(required=True, metavar="VERB")
-    create = _verb(verbs, common, settings, "create", "make a key; its secret is shown this once")
+def keys_parser(parser: argparse.ArgumentParser, source: Source) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    create = _verb(verbs, source, "create", "make a key; its secret is shown this once")
     create.add_argument("--name", required=True, help="whose it is, for people")
     create.add_argument("--plan", default=DEFAULT_PLAN)
     create.add_argument("--models", metavar="A,B", help="the models it may use; left out: all")
@@ -34,29 +29,19 @@ def add_parsers(commands: Any, common: argparse.ArgumentParser, settings: Settin
     create.add_argument("--ip", metavar="CIDR", action="append", help="where it may be used from; repeatable")
     create.add_argument("--budget-day", metavar="USD")
     create.add_argument("--budget-month", metavar="USD")
-    _verb(verbs, common, settings, "list", "all keys")
+    _verb(verbs, source, "list", "all keys")
     for name, text in (
         ("show", "one key"),
         ("revoke", "end a key, everywhere within a second"),
         ("rotate", "give a key another secret; the old one ends"),
     ):
-        _verb(verbs, common, settings, name, text).add_argument("id", metavar="ID")
-
-    tokens = commands.add_parser("token", help="JSON Web Tokens: issue")
-    tokens = tokens.add_subparsers(required=True, metavar="VERB")
-    issue = tokens.add_parser("issue", parents=[common], help="sign a token with auth.jwt.secret")
-    issue.add_argument("--subject", required=True)
-    issue.add_argument("--plan", required=True)
-    issue.add_argument("--ttl", default="24h", metavar="24h")
-    issue.set_defaults(run=lambda arguments: _issue(arguments, settings(arguments)))
+        _verb(verbs, source, name, text).add_argument("id", metavar="ID")
 
 
-def _verb(
-    verbs: Any, common: argparse.ArgumentParser, settings: Settings, name: str, text: str
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, parents=[common], help=text)
+def _verb(verbs: Any, source: Source, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, parents=[config_flag()], help=text)
     parser.add_argument("--json", action="store_true", help="a JSON document instead of text")
-    parser.set_defaults(run=lambda arguments: _keys(name, arguments, settings(arguments)))
+    parser.set_defaults(run=lambda arguments: _keys(name, arguments, source.settings(arguments)))
     return parser
 
 
@@ -96,11 +81,6 @@ async def _one(
     fields = KeyOrder.__struct_fields__
     order = KeyOrder(**{name: getattr(arguments, name) for name in fields})
     return await key_commands.create(store, pepper, settings.plans, order, now)
-
-
-def _issue(arguments: argparse.Namespace, settings: Config) -> int:
-    print(key_commands.issue(settings, arguments.subject, arguments.plan, arguments.ttl, time.time()))
-    return 0
 
 
 def _json(document: object) -> str:

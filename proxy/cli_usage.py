@@ -8,13 +8,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import uvloop
 
 from proxy import cli_admin, ledger_read, usage_report, usage_verify
-from proxy.cli_keys import Settings
+from proxy.cli_source import Source
 from proxy.config import Config, with_overrides
 from proxy.errors import OperationError, StartError
 from proxy.ledger_read import Group
@@ -29,14 +28,8 @@ _SETTLE_S = 5.0
 _LOOK_EVERY_S = 0.2
 
 
-def add_parser(commands: Any, common: argparse.ArgumentParser, settings: Settings) -> None:
-    """commands: what `add_subparsers` gave."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "usage",
-        parents=[common],
-        help="requests, tokens and cost, from the ledger",
-        description="Days are those of UTC. Without FILE: the ledger of the configuration.",
-    )
+def usage_parser(parser: argparse.ArgumentParser, source: Source) -> None:
+    parser.description = "Days are those of UTC. Without FILE: the ledger of the configuration."
     parser.add_argument("files", nargs="*", metavar="FILE", help="ledgers of several machines, merged")
     known = ",".join(ledger_read.GROUPS)
     parser.add_argument("--by", default=_DEFAULT_BY, metavar="FIELDS", help=f"any of {known}; default: model")
@@ -49,7 +42,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser, settings: Setting
         "--verify", action="store_true", help="prove the running server's counters against the rows"
     )
     parser.add_argument("--admin", metavar="ADDRESS", help="admin listener of the server to verify")
-    parser.set_defaults(run=lambda arguments: _usage(arguments, settings(arguments)))
+    parser.set_defaults(run=lambda arguments: _usage(arguments, source.settings(arguments)))
 
 
 def _usage(arguments: argparse.Namespace, settings: Config) -> int:

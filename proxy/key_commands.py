@@ -1,4 +1,4 @@
-"""What `headrace keys …` and `headrace token issue` do, and /admin/keys with them.
+"""What `headrace keys …` does, and /admin/keys with it.
 
 The verbs take what people write, and give records; `document` is a record as JSON, `table` and `describe` as
 text. Nothing here ever shows a digest, and a secret only from the verb that made it. Every mistake is an
@@ -17,13 +17,10 @@ from typing import Any, NoReturn
 import msgspec
 
 from proxy import identity
-from proxy.authenticator import signing_keys, token_rules
-from proxy.config import Config
 from proxy.errors import OperationError
 from proxy.identity import KeyRecord
-from proxy.key_order import KeyOrder, draft, duration, id_of, known_plan
+from proxy.key_order import KeyOrder, draft, id_of, known_plan
 from proxy.keystore.base import IdTaken, KeyStore, NewSecret, decimal_text
-from proxy.webtoken import issue_token
 from proxy.yamlstruct import show as shown
 from proxy.yamlstruct import suggest
 
@@ -82,19 +79,6 @@ async def rotate(store: KeyStore, pepper: bytes, key_id: str, now: float) -> tup
     if not record.is_live(now):  # looked at again: it may have been revoked in between
         raise OperationError(f"the key {record.id} is {_state(record, now)}: create a new one")
     return record, identity.key_text(record.id, secret)
-
-
-def issue(config: Config, subject: str, plan: str, ttl: str, now: float) -> str:
-    """A JWT for `subject`, signed with the configured secret. Raises OperationError."""
-    settings = config.auth.jwt
-    if settings is None or "HS256" not in settings.algorithms:
-        raise OperationError("auth.jwt: tokens can be issued only with algorithms: [HS256] and a secret")
-    rules = token_rules(settings, signing_keys(settings))
-    lifetime_s = duration("ttl", ttl)
-    try:
-        return issue_token(rules, subject, known_plan(plan, config.plans), lifetime_s, now)
-    except ValueError as error:
-        raise OperationError(f"subject: {error}") from None
 
 
 def _hashed(pepper: bytes, secret: str) -> NewSecret:

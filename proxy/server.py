@@ -12,12 +12,12 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 from aiohttp import web
 
-from proxy import __version__, config, handlers, headers, mock, schema, wire
+from proxy import __version__, config, handlers, headers, schema, wire
 from proxy.admission import OPEN_PLAN, Admission
 from proxy.authenticator import Authenticator
 from proxy.context import CONTEXT, CORE, Context, Phase
@@ -40,6 +40,9 @@ from proxy.stores import Stores
 from proxy.targets import Targets
 from proxy.tasks import spawn
 from proxy.upstream import Upstream
+
+if TYPE_CHECKING:
+    from proxy.mock import RunningMock
 
 _LAG_EVERY_S = 0.5
 #: After the drain's end: for error events to be flushed and lines to be written.
@@ -70,7 +73,7 @@ class Server:
         self._room: WaitingRoom | None = None
         self._runner: Runner | None = None
         self._tls: ssl.SSLContext | None = None
-        self._mock: mock.RunningMock | None = None
+        self._mock: RunningMock | None = None
         self._lag: asyncio.Task[None] | None = None
         self._prepared: Prepared | None = None
         self._accepting: asyncio.Server | None = None
@@ -148,6 +151,8 @@ class Server:
     async def _make_upstreams(self, settings: config.Config) -> dict[str, Upstream]:
         """Those whose settings have not changed are kept, with their connections."""
         if self._mock is None and any(up.base_url == schema.MOCK_URL for up in settings.upstreams.values()):
+            from proxy import mock  # nothing that serves real upstreams needs it
+
             self._mock = await mock.start()
         made: dict[str, Upstream] = {}
         for name, entry in settings.upstreams.items():

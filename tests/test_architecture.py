@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import proxy
+from proxy import cli
 
 PACKAGE = Path(proxy.__file__).parent
 #: The map itself and `python -m` have no place in it.
@@ -17,7 +19,9 @@ UNMAPPED = {"__init__", "__main__"}
 #: Clocks, I/O and loops: nothing that a rule may know of.
 NOT_FOR_RULES = {"asyncio", "aiohttp", "time", "datetime", "socket", "ssl", "random", "threading", "uvloop"}
 #: Composition: who may name the mock.
-KNOWS_THE_MOCK = {"server", "cli"}
+KNOWS_THE_MOCK = {"server", "cli_mock"}
+#: Imports modules by name, those of its table: see `ours`.
+IMPORTS_BY_NAME = "cli"
 
 
 def name_of(file: Path) -> str:
@@ -80,10 +84,12 @@ def imported(name: str) -> Iterator[tuple[str, int]]:
 
 
 def ours(name: str) -> Iterator[tuple[str, int]]:
-    """Our own modules that a module imports at run time, but the package for its version."""
+    """Our own modules that a module imports at run time, now or later, but the package for its version."""
     for dotted, line in imported(name):
         if dotted.startswith("proxy."):
             yield dotted.removeprefix("proxy."), line
+    if name == IMPORTS_BY_NAME:
+        yield from ((command.module.removeprefix("proxy."), 0) for command in cli.COMMANDS.values())
 
 
 def mentions(pattern: str, allowed: set[str]) -> list[str]:
@@ -119,6 +125,17 @@ def test_imports_go_upwards(name: str) -> None:
         above &= parts_of_the_mock()
     wrong = [f"{name}:{line} imports {other}" for other, line in ours(name) if other not in above]
     assert wrong == []
+
+
+def test_only_the_commands_are_imported_by_name() -> None:
+    """An import that is a string would hide from this file."""
+    assert mentions(r"importlib(\..*)?|__import__|exec", {IMPORTS_BY_NAME}) == []
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_commands_are_where_the_table_says(name: str) -> None:
+    """Each module of the table has the function that the command line calls."""
+    assert callable(getattr(importlib.import_module(cli.COMMANDS[name].module), f"{name}_parser"))
 
 
 def test_middlewares_do_not_know_each_other() -> None:
@@ -181,7 +198,7 @@ def parts_of_the_mock() -> set[str]:
 
 
 def test_the_mock_is_an_island() -> None:
-    """Only server and cli import it, none but itself its parts, and they import nothing else of ours."""
+    """Only server and its command import it, none but itself its parts; they import nothing else of ours."""
     parts = parts_of_the_mock()
     across = {
         (name, other) for name in SOURCES for other, _ in ours(name) if (name in parts) != (other in parts)

@@ -22,10 +22,11 @@ from proxy import config, identity, keys
 from proxy.authenticator import Authenticator
 from proxy.errors import InvalidCredential, InvalidToken, StartError
 from proxy.jwks import Jwks
-from proxy.key_commands import create, issue, revoke, rotate
+from proxy.key_commands import create, revoke, rotate
 from proxy.key_order import KeyOrder
 from proxy.schema import Auth
 from proxy.schema import Jwt as JwtSettings
+from proxy.token_commands import issue
 from proxy.webtoken import SigningKey, UnknownSigningKey, issue_token
 from tests.kit.headrace import until
 
@@ -354,8 +355,8 @@ async def test_keys_and_tokens_live_side_by_side(tmp_path: Path) -> None:
         record, text = await create(store, pepper, PLANS, KeyOrder(name="n", plan="basic"), now)
         await authenticator.cache.refresh()
         assert (await authenticator.identify(text, now)).name == f"key:{record.id}"
-        rules = authenticator._rules
-        assert rules is not None
+        assert authenticator.tokens is not None
+        rules = authenticator.tokens.rules
         assert (await authenticator.identify(issue_token(rules, "bob", "pro", 60, now), now)).plan == "pro"
         with pytest.raises(InvalidToken) as caught:
             await authenticator.identify(issue_token(rules, "bob", "gold", 60, now), now)

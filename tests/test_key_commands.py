@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import config, identity, key_commands, key_order
+from proxy import config, identity, key_order, token_commands
 from proxy.errors import OperationError, StartError
 from proxy.identity import KeyRecord
 from proxy.key_commands import UnknownKey, create, describe, document, revoke, rotate, show, table
@@ -372,7 +372,7 @@ HOUSE = "{jwt: {secret: s3cret-of-the-house-0123456789abcdef, plan_claim: tier}}
 
 
 def test_an_issued_token_is_three_words() -> None:
-    text = key_commands.issue(settings(HOUSE), "bob", "pro", "24h", NOW)
+    text = token_commands.issue(settings(HOUSE), "bob", "pro", "24h", NOW)
     assert re.fullmatch(r"ey[\w-]+\.ey[\w-]+\.[\w-]{43}", text)
 
 
@@ -399,7 +399,7 @@ def test_an_issued_token_is_three_words() -> None:
 )
 def test_no_token_without_a_reason(auth: str, subject: str, plan: str, ttl: str, text: str) -> None:
     with pytest.raises(OperationError) as caught:
-        key_commands.issue(settings(auth), subject, plan, ttl, NOW)
+        token_commands.issue(settings(auth), subject, plan, ttl, NOW)
     assert str(caught.value) == text
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from proxy import config
-from proxy.key_commands import issue
+from proxy.token_commands import issue
 from tests.kit.callers import Answer, Caller, ask
 from tests.kit.chaos import Fault, chaos
 from tests.kit.desk import Crowd, Desk, question
