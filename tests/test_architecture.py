@@ -18,8 +18,8 @@ PACKAGE = Path(proxy.__file__).parent
 UNMAPPED = {"__init__", "__main__"}
 #: Clocks, I/O and loops: nothing that a rule may know of.
 NOT_FOR_RULES = {"asyncio", "aiohttp", "time", "datetime", "socket", "ssl", "random", "threading", "uvloop"}
-#: Composition: who may name the mock.
-KNOWS_THE_MOCK = {"server", "cli_mock"}
+#: Each a module with its parts (`mock_wire`), and who may name it.
+ISLANDS: dict[str, set[str]] = {"mock": {"server", "cli_mock"}, "client": set()}
 #: Imports modules by name, those of its table: see `ours`.
 IMPORTS_BY_NAME = "cli"
 
@@ -119,10 +119,9 @@ def test_the_map_is_complete() -> None:
 def test_imports_go_upwards(name: str) -> None:
     """A module imports at run time only what stands above it; `beside` stands outside the order."""
     above = set(ORDER[: ORDER.index(name)])
-    if name in KNOWS_THE_MOCK:
-        above.add("mock")
+    above |= {island for island, known_to in ISLANDS.items() if name in known_to}
     if name in LAYERS["beside"]:
-        above &= parts_of_the_mock()
+        above &= island_of(name)
     wrong = [f"{name}:{line} imports {other}" for other, line in ours(name) if other not in above]
     assert wrong == []
 
@@ -193,17 +192,22 @@ def test_tasks_are_started_in_one_place() -> None:
     assert found == []
 
 
-def parts_of_the_mock() -> set[str]:
-    return {name for name in SOURCES if name == "mock" or name.startswith("mock_")}
+def island_of(name: str) -> set[str]:
+    """All modules of the island that this one is part of."""
+    island = name.partition("_")[0]
+    return {other for other in SOURCES if other == island or other.startswith(f"{island}_")}
 
 
-def test_the_mock_is_an_island() -> None:
-    """Only server and its command import it, none but itself its parts; they import nothing else of ours."""
-    parts = parts_of_the_mock()
+@pytest.mark.parametrize("island", ISLANDS)
+def test_islands(island: str) -> None:
+    """Few import them (the mock whoever starts it, the client nobody), none but themselves their parts, and
+    they import nothing else of ours."""
+    parts = island_of(island)
+    assert parts <= set(LAYERS["beside"])
     across = {
         (name, other) for name in SOURCES for other, _ in ours(name) if (name in parts) != (other in parts)
     }
-    assert across <= {(name, "mock") for name in KNOWS_THE_MOCK}
+    assert across <= {(name, island) for name in ISLANDS[island]}
 
 
 def test_nothing_happens_on_import() -> None:
