@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from proxy import admin_guard
 from proxy.errors import OperationError
 from proxy.key_commands import UnknownKey
 from proxy.metrics import Counter, Histogram, render
@@ -42,6 +42,9 @@ class Part(Protocol):
 
 #: Answered without a token even where one is needed: probes carry none.
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+#: Answered under any name where no token is needed: by programs only, which find this machine as they like.
+_ANY_HOST = frozenset({*_OPEN_PATHS, "/metrics"})
+_CODES = {404: "not_found", 503: "overloaded"}
 
 
 def make_app(operations: Operations, parts: Iterable[Part], *, token: str | None) -> web.Application:
@@ -49,11 +52,8 @@ def make_app(operations: Operations, parts: Iterable[Part], *, token: str | None
 
     @web.middleware
     async def authorised(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if token is not None and request.path not in _OPEN_PATHS:
-            offered = request.headers.get("Authorization", "")
-            wanted = f"Bearer {token}".encode()
-            if not hmac.compare_digest(offered.encode("utf-8", "surrogateescape"), wanted):
-                return _error(401, "invalid_admin_token", {"WWW-Authenticate": "Bearer"})
+        if (refusal := _refusal(request, token)) is not None:
+            return refusal
         try:
             return await handler(request)
         except UnknownKey as refused:
@@ -61,7 +61,10 @@ def make_app(operations: Operations, parts: Iterable[Part], *, token: str | None
         except OperationError as refused:
             return _error(400, "bad_request", {}, str(refused))
         except web.HTTPException as refused:
-            return _error(refused.status, "not_found" if refused.status == 404 else "bad_request", {})
+            again = {
+                name: refused.headers[name] for name in ("Retry-After", "Allow") if name in refused.headers
+            }
+            return _error(refused.status, _CODES.get(refused.status, "bad_request"), again)
 
     app = web.Application(middlewares=[authorised])
     routes = _Routes(operations)
@@ -98,7 +101,7 @@ class _Routes:
 
     async def streams(self, _: web.Request) -> web.Response:
         streams = await self._operations.streams()
-        _number_the_queue(streams)
+        number_the_queue(streams)
         return _json(200, {"streams": streams})
 
     async def kill(self, request: web.Request) -> web.Response:
@@ -121,7 +124,24 @@ class _Routes:
         return _json(200, {"pid": pid})
 
 
-def _number_the_queue(streams: list[dict[str, Any]]) -> None:
+def _refusal(request: web.Request, token: str | None) -> web.Response | None:
+    """Why this request is not even looked at."""
+    if token is None:
+        over_tcp = request.transport is not None and isinstance(
+            request.transport.get_extra_info("sockname"), tuple
+        )
+        if over_tcp and request.path not in _ANY_HOST and not admin_guard.host_is_local(request.host):
+            why = "without a token this listener answers to its address and to localhost only"
+            return _error(403, "host_not_allowed", {}, why)
+    elif request.path not in _OPEN_PATHS and not admin_guard.token_offered(request.headers, token):
+        challenge = admin_guard.challenge(request.headers)
+        return _error(401, "invalid_admin_token", {"WWW-Authenticate": challenge})
+    if admin_guard.from_elsewhere(request.method, request.headers):
+        return _error(403, "origin_not_allowed", {}, "a page of another origin asks")
+    return None
+
+
+def number_the_queue(streams: list[dict[str, Any]]) -> None:
     """`queue_place`: 1 for whoever waits longest, over all workers and plans; None for who does not wait. The
     order of arrival, not of service: plans share the queue by weight, and a full upstream is passed by."""
     waiting = sorted((each for each in streams if each["phase"] == "queue"), key=lambda each: -each["age_s"])
