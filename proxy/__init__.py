@@ -100,7 +100,12 @@ web
     downstream  the listening side
     admin_keys  the keys on the admin listener
     spend_page  what was spent, as a page of the admin listener
+    admin_guard who may ask the admin listener, and what a browser may
     admin       the admin listener
+    page_files  pages and their parts, as they are served
+    live_view   what the live view shows
+    live_feed   one look a second for everybody who watches
+    live_page   what runs now, as a page of the admin listener
 composition
     server      the data plane of one process: builds everything once; reloads, drains
     workers     workers as the front sees them, in this process or in another

@@ -33,6 +33,7 @@ from proxy.handover import Heir, Inheritance, inherited, take_over
 from proxy.keeper import Keeper
 from proxy.ledger import Ledger
 from proxy.ledger_read import LedgerFailed
+from proxy.live_page import LivePage
 from proxy.log import RequestLog, Sink
 from proxy.metrics import Metrics, Snapshot
 from proxy.server import Server, show_depths
@@ -89,6 +90,7 @@ class Front:
         self._restarting = False
         self._reloading = asyncio.Lock()  # a worker can prepare one configuration at a time
         self._gone_from_admin = False
+        self._live = LivePage(self, lambda: self.settings)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._drain_s = settings.drain
@@ -229,7 +231,8 @@ class Front:
         address, token = self.settings.admin_address, self.settings.admin_token
         if not address.loopback and token is None:
             raise StartError("admin: this address is not loopback, so `admin_token` has to be set")
-        parts: list[admin.Part] = [AdminKeys(lambda: self.settings), SpendPage(lambda: self.settings)]
+        keys, spend = AdminKeys(lambda: self.settings), SpendPage(lambda: self.settings)
+        parts: list[admin.Part] = [keys, spend, self._live]
         app = admin.make_app(self, parts, token=None if address.loopback else token)
         app.on_response_prepare.append(self._close_behind)
         return app
@@ -317,6 +320,7 @@ class Front:
     async def _leave_admin(self) -> None:
         """The new generation answers there now: kept connections end, or their scraper would stay with us."""
         self._gone_from_admin = True
+        await self._live.end()
         if self._admin_runner is None:
             return
         for site in list(self._admin_runner.sites):
@@ -389,6 +393,7 @@ class Front:
         for keeper in self._keepers:
             keeper.terminate()
         await self._ledger.close()  # the workers have handed over what they had
+        await self._live.end()
         if self._admin_runner is not None:
             await self._admin_runner.cleanup()
         if self._room is not None:
