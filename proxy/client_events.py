@@ -9,7 +9,6 @@ answer with an image in it.
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from proxy.client_errors import Category, ChatError, Head, decoded, said_in, tol
 
 #: Bytes of one event: an endless line must not fill the memory.
 LONGEST_EVENT = 16 * 2**20
-_LINE_END = re.compile(rb"\r\n|\r|\n")
 
 
 class Event(NamedTuple):
@@ -55,15 +53,16 @@ class EventReader:
         if self._after_cr and data:
             self._after_cr = False
             data = data.removeprefix(b"\n")
-        first, *lines = _LINE_END.split(data)
-        self._begin(first)
+        lines = data.splitlines()  # of bytes: CR, LF and CRLF, and nothing else
+        rest = lines.pop() if lines and not data.endswith((b"\r", b"\n")) else b""
         events = []
         if lines:
             # A CR ends its line at once, so that no event waits for the next one's first byte.
             self._after_cr = data.endswith(b"\r")
-            rest = lines.pop()
-            events = [event for line in (self._line(), *lines) if (event := self._take(line)) is not None]
-            self._begin(rest)
+            self._begin(lines[0])
+            lines[0] = self._line()
+            events = [event for line in lines if (event := self._take(line)) is not None]
+        self._begin(rest)
         if self._begun_bytes + self._data_bytes > LONGEST_EVENT:
             raise ChatError(Category.PARSE, "An event is too large.")
         return events
@@ -116,7 +115,7 @@ class DeltaReader:
 
     def feed(self, data: bytes) -> Iterator[Delta]:
         """The deltas that this read completes, up to an error that stands behind them."""
-        for event in self._events.feed(data):
+        for event in () if self.over else self._events.feed(data):
             if (delta := self._delta(event)) is not None:
                 yield delta
             if self.over:
