@@ -10,6 +10,7 @@ from tests.kit.tables import Row, Table
 
 BOOKS = "tests/faults/test_books.py::test_reserved_less_refunded_is_charged"
 HERE = "tests/faults/test_streams.py::"
+STORES_HERE = "tests/faults/test_stores.py::"
 STREAMS = "tests/test_streams.py::"
 FAILOVER = "tests/test_failover.py::"
 BREAKERS = "tests/test_breakers.py::"
@@ -196,6 +197,7 @@ STORES = (
         19,
         "Redis is down at the start",
         "starts; decided without it; nobody hangs",
+        f"{STORES_HERE}test_redis_is_down_at_the_start",
         f"{GUARDED}test_gone_from_the_start",
         f"{GUARDED}test_nobody_waits_for_a_store_that_is_gone",
     ),
@@ -223,6 +225,7 @@ STORES = (
         "Redis forgets: FLUSHALL, NOSCRIPT, OOM, READONLY",
         "limits begin anew, no request fails",
         f"{LIMITS}test_a_redis_that_forgets_fails_no_request",
+        f"{STORES_HERE}test_redis_that_is_full_or_read_only_fails_no_request",
         f"{GUARDED}test_flushes_under_load",
         f"{GUARDED}test_full_memory_under_load",
         f"{GUARDED}test_a_replica_under_load",
@@ -283,6 +286,7 @@ PROCESS = (
         29,
         "disk full for the ledger, for the key store",
         "requests are served, rows wait, bounded and counted; no half key",
+        "tests/faults/test_full_disk.py::test_a_full_disk_costs_no_request_and_no_row",
         "tests/test_ledger_faults.py::test_disk_full",
         "tests/test_ledger_faults.py::test_memory_is_bounded",
         "tests/faults/test_key_store.py::test_a_full_disk_makes_no_half_key",
@@ -323,6 +327,7 @@ CROWDS = (
         34,
         "standard output is full",
         "nobody waits for it; dropped lines are counted",
+        "tests/faults/test_blocked_log.py::test_a_stream_does_not_wait_for_the_log",
         "tests/test_admin.py::test_a_blocked_sink_blocks_nobody",
     ),
     row(

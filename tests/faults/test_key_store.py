@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.kit.callers import ask, chat
 from tests.kit.fleet import fleet, write
 from tests.kit.headrace import command, settings_for
+from tests.kit.invariant import balanced
 from tests.kit.keys import auth_section, bearer, make_key
 
 
@@ -31,3 +32,4 @@ async def test_a_full_disk_makes_no_half_key(tmp_path: Path) -> None:
     async with fleet(tmp_path, settings) as here:
         for each in (key, again.out[-1]):
             assert (await ask(here.port, chat(bearer(each), stream=False))).status == 200
+        await balanced(here)
