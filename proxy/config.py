@@ -219,10 +219,22 @@ def _settings_type() -> inspect.StructType:
 
 def _build(raw: object, source: str, environ: Mapping[str, str]) -> Config:
     raw = _with_shipped_plans(raw)
-    values = msgspec.structs.asdict(Reader(source, environ).section(_settings_type(), raw, ""))
+    reader = Reader(source, environ)
+    values = msgspec.structs.asdict(reader.section(_settings_type(), raw, ""))
     values["default_upstream"] = values["default_upstream"] or next(iter(values["upstreams"]), "")
     written = isinstance(raw, dict) and "max_connections" in raw
-    return _check_config(Config(**values, source=source, written_max_connections=written))
+    try:
+        return _check_config(Config(**values, source=source, written_max_connections=written))
+    except ConfigError as error:
+        raise _without_contents(error, reader.references) from None
+
+
+def _without_contents(error: ConfigError, references: Mapping[str, str]) -> ConfigError:
+    """A name that nothing has may be a secret in the wrong place: `default_upstream: ${OPENAI_API_KEY}`."""
+    message = error.message
+    for text, reference in references.items():
+        message = message.replace(repr(text), repr(reference))
+    return ConfigError(error.source, error.path, message)
 
 
 def _with_shipped_plans(raw: object) -> object:

@@ -198,14 +198,14 @@ class Scanner:
         """Is this line a comment, or one that repeats the request?"""
         if self._tail.startswith(b":", line):
             return True
-        return not self.first_token and _PRELUDE.search(self._tail, line, end) is not None
+        return self._dialect is Dialect.RESPONSES and _PRELUDE.search(self._tail, line, end) is not None
 
     def _forget(self) -> None:
         """Makes room. What is wanted only at the end is looked for in what goes; substring searches first,
         because this happens every ten events or so and a regex over 4 KB costs 50 us."""
         tail = self._tail
-        if not self._finished and any(tail.find(hint) >= 0 for hint in _FINISH_HINTS):
-            self._finished = True
+        if not self._finished:
+            self._finished = any(map(self._holds_finish, _FINISH_HINTS))
         if not self._failed and tail.find(b"error") >= 0:
             self._failed = self._shows_error()
         cut = self._remember(len(tail) - _KEEP)
@@ -214,6 +214,13 @@ class Scanner:
         self._gone += cut - 1
         # What reports once may report in each event: then there is less often something to remember.
         self._limit = max(_LIMIT if self._report is None else 3 * _LIMIT, 2 * len(tail))
+
+    def _holds_finish(self, hint: bytes) -> bool:
+        """An empty finish_reason, which some servers write into every chunk, says nothing."""
+        at = self._tail.find(hint)
+        while at >= 0 and self._tail.startswith(b'"', at + len(hint)):
+            at = self._tail.find(hint, at + len(hint))
+        return 0 <= at < len(self._tail) - len(hint)
 
     def _remember(self, cut: int) -> int:
         """Takes the usage out of what goes; an event that still brings some is kept, from there on."""
@@ -268,8 +275,8 @@ class Scanner:
     def _shows_error(self) -> bool:
         if _IN_BAND_ERROR.search(self._tail):
             return True
-        starts = [line_start(self._tail, match.start()) for match in _FINISH_ERROR.finditer(self._tail)]
-        return any(not self._tail.startswith(b":", start) for start in starts)
+        places = [match.start() for match in _FINISH_ERROR.finditer(self._tail)]
+        return any(not self._is_idle(line_start(self._tail, at), at) for at in places)
 
     def usage(self) -> Usage | None:
         """What the stream reported so far, None if nothing; for its end."""

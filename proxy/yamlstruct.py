@@ -154,6 +154,8 @@ class Reader:
     def __init__(self, source: str, environ: Mapping[str, str]) -> None:
         self._source = source
         self._environ = environ
+        #: What stood in the file for a text that came from elsewhere: a later message shows this instead.
+        self.references: dict[str, str] = {}
 
     def section(self, kind: inspect.StructType, raw: object, path: str) -> msgspec.Struct:
         shorthand: str = getattr(kind.cls, "shorthand", "")
@@ -254,7 +256,10 @@ class Reader:
     def _text(self, raw: object, path: str, shown: str) -> str:
         if not isinstance(raw, str):
             raise self._error(path, f"expected text, got {shown}")
-        return self._substitute(raw, path)
+        text = self._substitute(raw, path)
+        if text != raw:
+            self.references[text] = raw
+        return text
 
     def _choice(self, kind: inspect.LiteralType, raw: object, path: str) -> str:
         choices = [str(choice) for choice in kind.values]
