@@ -48,6 +48,7 @@ from proxy.shared import Shared
 from proxy.slots import WaitingRoom
 from proxy.sse import BlindScanner, Scanner
 from proxy.stores import Stores
+from proxy.upstream import Upstream
 from proxy.usage import Source, Usage
 
 # By its full name: the package has the function of the same name.
@@ -172,12 +173,12 @@ async def price_of_limits(settings: config.Config, times: int, redis: RedisServe
     ctx = Context("request-0001", endpoints.match("POST", _PATH), _PATH, time.monotonic())
     principal = ctx.principal = Principal(name="key:abc", key_id="abc", plan="bench")
     plan, entry = settings.plans["bench"], settings.models["m"]
-    upstreams: Any = [SimpleNamespace(name="u", settings=settings.upstreams["u"])]
+    upstreams = [Upstream("u", settings.upstreams["u"], "http://127.0.0.1:1/v1", push=True)]
 
     async def one() -> None:
         await admission.arrive(ctx, principal.name, "bench", plan)
         held = await admission.reserve_tokens(ctx, plan, ("m", entry), 1000)
-        async with admission.seat(ctx, plan, upstreams, Manner.WAIT):
+        async with await admission.seat(ctx, plan, upstreams, Manner.WAIT):
             pass
         await admission.settle(held, 162)
 

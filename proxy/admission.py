@@ -10,8 +10,6 @@ caller's request rate, by the head alone; `take_model_request` and `reserve_toke
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -50,14 +48,26 @@ class Admission:
     """The limits of one process."""
 
     def __init__(self, limits: Limits, stores: Stores, slots: Slots, metrics: Metrics) -> None:
-        self.limits = limits
         self.state = stores.state
         self.slots = slots
         self._own = Direct(stores.state, remote=stores.remote)
         self._local = stores.local
-        self._machine = stores.machine
+        self._machine_name = stores.machine
         self._metrics = metrics
         self.reserved = 0  # reservations that are not settled yet
+        self.limits = limits
+
+    @property
+    def limits(self) -> Limits:
+        """Set again by a reload."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = limits
+        self._machine = Slot(self._machine_name, limits.max_in_flight)
+        self._slots_of: dict[Upstream, Slot] = {}
+        self._enforces = limits.mode == "enforce"
 
     # ── the address ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -148,7 +158,7 @@ class Admission:
         self._count("budget", allowed=all(within))
         if all(within):
             return wanted
-        if self.limits.mode == "observe":
+        if not self._enforces:
             return ()
         last = max(spend.resets_at for spend, inside in zip(wanted, within, strict=True) if not inside)
         raise BudgetExceeded(
@@ -180,28 +190,45 @@ class Admission:
 
     # ── slots ────────────────────────────────────────────────────────────────────────────────────────────
 
-    @asynccontextmanager
     async def seat(
         self, ctx: Context, plan: Plan | None, upstreams: Sequence[Upstream], manner: Manner
-    ) -> AsyncIterator[Seat]:
-        """The caller's own slot at once or 429; then the machine's and one upstream's together, waiting if
-        need be. They are held to the end of the block."""
-        async with AsyncExitStack() as held:
-            began_at = monotonic()
-            try:
-                own = await self._own_slot(ctx, plan)
-                if own is not None:
-                    await held.enter_async_context(own)
-                name, priority = OPEN_PLAN, 0
-                if ctx.principal is not None and plan is not None:
-                    name, priority = ctx.principal.plan, plan.priority
-                ticket = Ticket(name, priority, manner is Manner.LOW)
-                permit = await self._shared_slots(self.wanted(upstreams), ticket, manner)
-            except StoreUnavailable:
-                raise Overloaded from None
-            finally:
-                ctx.queue_s = monotonic() - began_at
-            yield await held.enter_async_context(Seat(permit, self.slots, self.slot_of))
+    ) -> Seat:
+        """The caller's own slot at once or 429; the machine's and one upstream's together, waiting if need
+        be. To be left (`async with`), however the request ends."""
+        began_at = monotonic()
+        own = None
+        if plan is not None and plan.max_in_flight is not None and ctx.principal is not None:
+            own = own_slot(ctx.principal.name, plan)
+        try:
+            # Nearly always all of them are free: one step. Who finds them taken asks one after the other.
+            permit = await self.slots.try_now(self._wanted(upstreams, own))
+            if permit is None:
+                return await self._seat_in_turn(ctx, plan, own, (upstreams, manner))
+        except StoreUnavailable:
+            raise Overloaded from None
+        finally:
+            ctx.queue_s = monotonic() - began_at
+        if own is not None:
+            self._count("in_flight", allowed=True)
+        self._count("global", allowed=True)
+        return Seat(permit, None, self.slots, self.slot_of)
+
+    async def _seat_in_turn(
+        self, ctx: Context, plan: Plan | None, own: Slot | None, wish: tuple[Sequence[Upstream], Manner]
+    ) -> Seat:
+        name, priority = OPEN_PLAN, 0
+        if ctx.principal is not None and plan is not None:
+            name, priority = ctx.principal.plan, plan.priority
+        upstreams, manner = wish
+        ticket = Ticket(name, priority, manner is Manner.LOW)
+        held = None if own is None else await self._own_slot(own)
+        try:
+            permit = await self._shared_slots(self._wanted(upstreams, None), ticket, manner)
+        except BaseException:  # a caller that leaves the queue too
+            if held is not None:
+                await held.release()
+            raise
+        return Seat(permit, held, self.slots, self.slot_of)
 
     async def left(self, name: str, plan: Plan) -> dict[str, object]:
         """What a caller could use now, by unit; null is no limit."""
@@ -222,33 +249,36 @@ class Admission:
             raise Overloaded from None
         return units
 
-    def wanted(self, upstreams: Sequence[Upstream]) -> Wanted:
-        """The machine's slot, and one of these upstreams'."""
-        most = self.limits.max_in_flight
+    def _wanted(self, upstreams: Sequence[Upstream], own: Slot | None) -> Wanted:
+        """The machine's slot, and one of these upstreams'; with the caller's own if it is not held yet."""
+        machine = self._machine
         return Wanted(
-            (Slot(self._machine, most),), tuple([(each.name, self.slot_of(each)) for each in upstreams])
+            (machine,) if own is None else (own, machine),
+            tuple([(each.name, self.slot_of(each)) for each in upstreams]),
         )
 
     def slot_of(self, upstream: Upstream) -> Slot:
-        return Slot(f"upstream:{upstream.name}", upstream.settings.max_in_flight or self.limits.max_in_flight)
+        """Made once for each configuration of an upstream and of the limits."""
+        slot = self._slots_of.get(upstream)
+        if slot is None:
+            most = upstream.settings.max_in_flight or self._limits.max_in_flight
+            slot = self._slots_of[upstream] = Slot(f"upstream:{upstream.name}", most)
+        return slot
 
-    async def _own_slot(self, ctx: Context, plan: Plan | None) -> Permit | None:
+    async def _own_slot(self, slot: Slot) -> Permit | None:
         """Raises TooManyInFlight."""
-        if plan is None or plan.max_in_flight is None or ctx.principal is None:
-            return None
-        slot = own_slot(ctx.principal.name, plan)
         permit = await self._own.try_now(Wanted((), ((slot.name, slot),)))
         self._count("in_flight", allowed=permit is not None)
-        if permit is None and self.limits.mode == "enforce":
+        if permit is None and self._enforces:
             raise TooManyInFlight(1.0)
         return permit
 
     async def _shared_slots(self, wanted: Wanted, ticket: Ticket, manner: Manner) -> Permit | None:
         """Raises QueueFull, QueueTimeout, Draining."""
-        if self.limits.mode == "observe" or manner is Manner.NOW:
+        if not self._enforces or manner is Manner.NOW:
             permit = await self.slots.try_now(wanted)
             self._count("global", allowed=permit is not None)
-            if permit is None and self.limits.mode == "enforce":
+            if permit is None and self._enforces:
                 raise Overloaded
             return permit
         try:
@@ -274,13 +304,14 @@ class Admission:
         wait_s = 0.0
         for scope, decision in zip(scopes, decisions, strict=True):
             self._count(scope, allowed=decision.allowed)
-            wait_s = max(wait_s, decision.retry_after_s)
-        if wait_s > 0 and self.limits.mode == "enforce":
+            if decision.retry_after_s > wait_s:
+                wait_s = decision.retry_after_s
+        if wait_s > 0 and self._enforces:
             raise refusal(wait_s)
 
     def _count(self, scope: str, *, allowed: bool) -> None:
-        refused = "refused" if self.limits.mode == "enforce" else "observed"
-        self._metrics.limit_decisions.add((scope, "allowed" if allowed else refused))
+        result = "allowed" if allowed else "refused" if self._enforces else "observed"
+        self._metrics.limit_decisions.add((scope, result))
 
 
 def _budget_document(budget: Spend, spent: int) -> dict[str, object]:

@@ -159,7 +159,8 @@ class Direct:
             if any([slot.name in self.contended for slot in wanted.base]):
                 return None
             choices = tuple([each for each in choices if each[1].name not in self.contended])
-        found = await self._whole(self.take_first(wanted.base, choices))
+        taking = self.take_first(wanted.base, choices)
+        found = await (self._whole(taking) if self.remote else taking)
         return Permit(found[0], wanted.base, self, found[1]) if found is not None else None
 
     async def take_first(self, base: tuple[Slot, ...], choices: Choices) -> Found | None:
@@ -213,8 +214,6 @@ class Direct:
 
     async def _whole(self, work: Coroutine[Any, Any, Found | None]) -> Found | None:
         """A caller that leaves cuts nothing off: the work ends by itself, and its slots go back."""
-        if not self.remote:
-            return await work
         task = spawn(_outcome(work), "take slots")
         outcome: Found | StoreUnavailable | None
         try:

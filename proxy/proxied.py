@@ -127,7 +127,7 @@ async def _ask(request: web.Request, job: Job, groups: Groups, manner: Manner) -
     plan = _plan_of(core, ctx.principal)
     upstreams = [target.upstream for target in ranking]
     with in_use(groups):
-        async with core.admission.seat(ctx, plan, upstreams, manner) as seat:
+        async with await core.admission.seat(ctx, plan, upstreams, manner) as seat:
             first = next((each for each in ranking if each.upstream.name == seat.upstream), ranking[0])
             settings = core.config
             delivery = Delivery(request, ctx, settings.streams, settings.timeouts.write, core.metrics)

@@ -256,7 +256,7 @@ class _Session:
             if not ranking:
                 raise nobody_available(turns)
             upstreams = [target.upstream for target in ranking]
-            async with core.admission.seat(ctx, plan, upstreams, self._manner()) as seat:
+            async with await core.admission.seat(ctx, plan, upstreams, self._manner()) as seat:
                 place = next((each for each in ranking if each.upstream.name == seat.upstream), ranking[0])
                 attempt = await Dialer(core, ctx, seat, self._opening).dial(turns, place)
                 opened = True

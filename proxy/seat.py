@@ -25,12 +25,20 @@ class Manner(StrEnum):
 
 
 class Seat:
-    """The machine's slot and an upstream's. `permit` None: observed only, there was none."""
+    """The machine's slot and an upstream's, and the caller's own: in the same permit, or in one of its own.
+    `permit` None: observed only, there was none."""
 
-    __slots__ = ("_extra", "_permit", "_slot_of", "_slots")
+    __slots__ = ("_extra", "_own", "_permit", "_slot_of", "_slots")
 
-    def __init__(self, permit: Permit | None, slots: Slots, slot_of: Callable[[Upstream], Slot]) -> None:
+    def __init__(
+        self,
+        permit: Permit | None,
+        own: Permit | None,
+        slots: Slots,
+        slot_of: Callable[[Upstream], Slot],
+    ) -> None:
         self._permit = permit
+        self._own = own
         self._slots = slots
         self._slot_of = slot_of
         self._extra: Permit | None = None
@@ -75,6 +83,9 @@ class Seat:
 
     async def __aexit__(self, *_: object) -> None:
         """Never suspends."""
-        await self.keep(None)
+        if self._extra is not None:
+            await self.keep(None)
         if self._permit is not None:
             await self._permit.release()
+        if self._own is not None:
+            await self._own.release()

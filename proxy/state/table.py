@@ -13,7 +13,8 @@ ended it. Every verb locks its sets in ascending order, works for a few microsec
 suspension point between. Such locks belong to the process and end when it closes *any* descriptor of the
 file: nobody opens a second one while the state is in use (a second `attach` in one process is for tests: it
 is safe as long as none is closed inside a verb, and no verb gives way). They do not keep threads apart
-either: the event loop is the only caller in a process. A stopped holder (SIGSTOP) stops the others at the
+either: the event loop is the only caller in a process. One process alone takes none: each is two system calls,
+and while it makes them other threads (log, ledger) may take the interpreter from it. A stopped holder (SIGSTOP) stops the others at the
 same set until it continues or is killed.
 
 A full set reuses an idle cell, which says the same as no cell. If there is none, the name is not counted: it
@@ -29,7 +30,8 @@ import os
 import secrets
 import struct
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -43,6 +45,8 @@ SEEN = 6
 OWNERS = 16
 ROW = 8
 EPOCH, ALIVE, OVERFLOW = 0, 1, 2
+#: How long a second process waits before its first verb.
+_SETTLE_S = 0.02
 #: Names whose hash and cell a process remembers, per table.
 _REMEMBERED = 8192
 
@@ -191,12 +195,16 @@ class Counters:
         self._words[self._row + OVERFLOW] += 1
 
     def _come(self, owner: int) -> None:
+        """The second one waits for whatever the first is doing without a lock: it takes microseconds."""
         self.forget(owner)
         try:
             self._lock_owners()
-            self._words[SEEN] = max(self._words[SEEN], owner + 1)
+            seen = self._words[SEEN]
+            self._words[SEEN] = max(seen, owner + 1)
         finally:
             self._unlock()
+        if seen == 1 and owner:
+            time.sleep(_SETTLE_S)
 
     def _sign(self, now_ns: int) -> None:
         """Under the lock, so that nobody who read an older sign still counts this owner as gone."""
@@ -223,10 +231,21 @@ class Counters:
             self._unlock()
         return True
 
-    def _lock(self, places: Iterable[Place]) -> None:
-        """Always in ascending order, so that no two processes wait for each other."""
+    def _lock(self, places: Sequence[Place]) -> None:
+        """Always in ascending order, so that no two processes wait for each other. Not while this process is
+        the only one there has been: see `_come`."""
+        if self._words[SEEN] == 1:
+            return
+        if len(places) == 1:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, places[0].keys * _WORD)
+            return
         for keys in sorted({place.keys for place in places}):
             fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, keys * _WORD)
+
+    def _release(self) -> None:
+        """After `_lock`. A second process may have come meanwhile: unlocking what is not locked is nothing."""
+        if self._words[SEEN] != 1:
+            self._unlock()
 
     def _lock_owners(self) -> None:
         """The first byte of the file; taken alone."""
