@@ -206,9 +206,12 @@ async def make(desk: Desk, target: str) -> None:
         assert await desk.run("make", "-n", target, cwd=ROOT)
         return
     assert target == "run"
+    home = desk.folder / "home"  # its ledger would lie in the repository
+    home.mkdir()
     process = await asyncio.create_subprocess_exec(
-        *("make", "run", f"BIN={desk.folder}/bin", "-o", ".venv/run.stamp", "PORT=0", "ADMIN_PORT=0"),
-        cwd=ROOT,
+        *("make", "-f", str(ROOT / "Makefile"), "-o", ".venv/run.stamp"),
+        *("run", f"BIN={desk.folder}/bin", "PORT=0", "ADMIN_PORT=0"),
+        cwd=home,
         env={**desk.environ, "HEADRACE_CONFIG": ""},
         stderr=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.DEVNULL,
@@ -285,7 +288,8 @@ async def test_nginx(desk: Desk, block: Block) -> None:
     file = desk.folder / "nginx.conf"
     text = block.text.replace("api.openai.com", "127.0.0.1")
     log = f"error_log {desk.folder}/error.log; pid {desk.folder}/nginx.pid;"
-    file.write_text(f"{log} events {{}} http {{ access_log off; server {{ listen 8080; {text} }} }}")
+    server = f"listen unix:{desk.folder}/nginx.sock; {text}"
+    file.write_text(f"{log} events {{}} http {{ access_log off; server {{ {server} }} }}")
     await desk.run(nginx, "-t", "-q", "-p", str(desk.folder), "-c", str(file))
 
 
