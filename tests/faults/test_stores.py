@@ -68,22 +68,22 @@ async def test_redis_is_down_at_the_start(tmp_path: Path, gone: str) -> None:
 
 async def test_redis_that_is_full_or_read_only_fails_no_request(tmp_path: Path) -> None:
     """OOM and READONLY, as after a failover that left us with a replica."""
-    harms = (
-        (("CONFIG", "SET", "maxmemory", "1mb"), ("CONFIG", "SET", "maxmemory", "0")),
-        (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE")),
-    )
     async with (
         redis_server() as server,
         server.client() as client,
         node(tmp_path, server.url) as (here, upstream),
     ):
+        harms = (
+            (lambda: client.config_set("maxmemory", "1mb"), lambda: client.config_set("maxmemory", "0")),
+            (lambda: client.replicaof("127.0.0.1", "1"), lambda: client.replicaof("NO", "ONE")),
+        )
         await store_is(here, True)
         for harm, heal in harms:
-            await client.execute_command(*harm)
+            await harm()
             assert set(await statuses(here, 20)) == {200}
             await store_is(here, False)
             assert set(await statuses(here, 20)) == {200}
-            await client.execute_command(*heal)
+            await heal()
             await store_is(here, True)
         assert set(await statuses(here, 20)) == {200}
         await balanced(here, upstream.calls)
