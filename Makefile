@@ -4,11 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 8080
 ADMIN_PORT ?= 9464
+FUZZ_S ?= 60
+LOCK := deploy/requirements.lock
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 # Most tests wait more than they compute: on two cores four at a time take a third of the time.
 SIDE_BY_SIDE := -n 4 --dist worksteal
 
+# The tests start hundreds of processes. An environment that forbids compiled files (containers set this) would
+# have each of them compile the package again: a third of the suite's CPU time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-hostile test-faults check bench bench-check fmt clean
+.PHONY: help run test test-all test-hostile test-faults soak check bench bench-check fuzz sbom lock fmt clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -30,6 +37,9 @@ test-hostile: $(VENV)/test.stamp ## every bad input, as a table: what is promise
 test-faults: $(VENV)/test.stamp ## every fault, as a table
 	$(BIN)/python -m tests.kit.tables faults
 
+soak: $(VENV)/test.stamp ## ten minutes of mixed load (SOAK_S=60: a minute): fails if memory, descriptors or tasks grow
+	@$(BIN)/python -m tests.soak $(or $(SOAK_S),600)
+
 check: $(VENV)/test.stamp ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,22 +51,39 @@ bench: $(VENV)/test.stamp ## Headrace beside nginx with the same work, twenty mi
 bench-check: $(VENV)/test.stamp ## fails if Headrace lost 15 % against nginx since the committed baseline (BENCH="--quick --print-only")
 	@$(BIN)/python -m bench.check $(BENCH)
 
+fuzz: $(VENV)/test.stamp $(VENV)/fuzz.extra ## a minute of inputs that nobody would write, for scanner and peek (FUZZ_S=)
+	@for target in scanner peek; do mkdir -p .fuzz/$$target && $(BIN)/python -m tests.fuzz.target $$target .fuzz/$$target \
+	  -max_total_time=$$(($(FUZZ_S) / 2)) -max_len=256 -artifact_prefix=.fuzz/ -print_final_stats=1 || exit 1; done
+
+sbom: $(VENV)/run.stamp $(VENV)/sbom.extra ## what a server runs, as CycloneDX: headrace.cdx.json
+	@$(BIN)/python -m deploy.sbom headrace.cdx.json && echo headrace.cdx.json
+
+lock: $(VENV)/lock.extra ## deploy/requirements.lock anew: the releases that `make run` installs, with their hashes
+	@$(BIN)/python -m deploy.lock
+
 fmt: $(VENV)/test.stamp ## format in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz headrace.cdx.json *.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "headrace: Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11 …"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "headrace: no venv module: apt-get install python3-venv"; exit 1; }
 
-$(VENV)/run.stamp: setup.cfg pyproject.toml | $(VENV)/bin/python
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+# Nothing but what the lock's hashes name, the build's tools too.
+$(VENV)/run.stamp: setup.cfg pyproject.toml $(LOCK) | $(VENV)/bin/python
+	@$(PIP) --require-hashes -r $(LOCK)
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/test.stamp: setup.cfg pyproject.toml | $(VENV)/bin/python
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test,check,redis]'
-	@touch $@ $(VENV)/run.stamp
+# On top of what a server runs, so that it is what is tested.
+$(VENV)/test.stamp: $(VENV)/run.stamp
+	@$(PIP) -e '.[test,check,redis,sbom]'
+	@touch $@
+
+$(VENV)/%.extra: setup.cfg | $(VENV)/bin/python
+	@$(PIP) -e '.[$*]'
+	@touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -15,7 +16,6 @@ from typing import Any
 
 import aiohttp
 import msgspec
-import yaml
 
 from proxy import config, log
 from proxy.server import Server
@@ -154,7 +154,8 @@ async def running(
 async def _running(
     settings: Mapping[str, Any], push: bool, environ: Mapping[str, str]
 ) -> AsyncIterator[Headrace]:
-    parsed = config.parse(yaml.safe_dump(dict(settings), sort_keys=False), "test.yaml", environ)
+    # JSON is YAML, and json writes it in a hundredth of the time.
+    parsed = config.parse(json.dumps(dict(settings), ensure_ascii=False), "test.yaml", environ)
     stdout, _ = log.configure(path=None, level="info", text=False)
     sink = ListSink()
     request_log = log.RequestLog(sink, text=False, enabled=True)
