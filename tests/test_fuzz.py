@@ -25,6 +25,8 @@ from proxy.errors import Dialect
 from proxy.yamlstruct import ConfigError
 from tests.fuzz.oracles import (
     DIALECTS,
+    PEEK_NAMES,
+    PEEK_VALUES,
     PEEK_WORDS,
     SCANNER_WORDS,
     check_events,
@@ -84,17 +86,11 @@ def test_many_streams(stream: bytes, sizes: list[int], dialect: Dialect, expects
 
 # ── JSON bodies ──────────────────────────────────────────────────────────────────────────────────────────
 
-NAMES = [word for word in PEEK_WORDS if word.endswith(b'":')]
-VALUES = [word for word in PEEK_WORDS if re.fullmatch(rb'["\w.+-]+', word)] + [
-    *(b"[]", b"{}", b'{"model":"x"}', b'[{"n":1}]', b'"%b"' % (b"x" * 257)),
-    *(b"1024", b"1025", b"1" * 401 + b".5"),
-]
-
 
 @st.composite
 def bodies(draw: st.DrawFn) -> bytes:
     """An object whose members route, or nearly; half of them with one byte that is not what it was."""
-    members = draw(st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(VALUES)), max_size=6))
+    members = draw(st.lists(st.tuples(st.sampled_from(PEEK_NAMES), st.sampled_from(PEEK_VALUES)), max_size=6))
     body = b"{" + b", ".join(name + value for name, value in members) + b"}"
     if draw(st.booleans()):
         at = draw(st.integers(0, len(body) - 1))

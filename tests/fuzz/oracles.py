@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Any
@@ -18,7 +19,9 @@ from proxy.sse_events import EventReader, UnreadableError
 from proxy.usage import REACH, JsonTail, Usage
 
 DIALECTS = tuple(Dialect)
-#: Pieces that mean something to the scanner, in any order and half cut: a soup is seldom a stream, but each
+#: So many pieces take a millisecond: a stream that is shorter goes byte by byte.
+_PIECES = 400
+#: Words that mean something to the scanner, in any order and half cut: a soup is seldom a stream, but each
 #: part of it stands where only a stranger would put it.
 SCANNER_WORDS: tuple[bytes, ...] = (
     *(b"data: ", b"data:", b"event: ", b"event:", b"error:", b": "),
@@ -101,7 +104,7 @@ def _scan(kind: type[Scanner], dialect: Dialect, expects: bool, pieces: Iterable
 def check_scanner(stream: bytes, sizes: Sequence[int], dialect: Dialect, expects: bool) -> None:
     """The answers are those of the whole, however it is cut; what reports usage does not change the rest."""
     whole = _scan(Scanner, dialect, expects, [stream])
-    for pieces in (cut(stream, sizes), cut(stream, [1] if len(stream) < 8192 else [61])):
+    for pieces in (cut(stream, sizes), cut(stream, [1 + len(stream) // _PIECES])):
         assert _scan(Scanner, dialect, expects, pieces) == whole
         assert _scan(BlindScanner, dialect, expects, pieces)[:6] == whole[:6]
 
@@ -122,7 +125,7 @@ def check_events(stream: bytes, sizes: Sequence[int]) -> None:
     whole = _events([stream])
     assert whole is not None
     assert _events(cut(stream, sizes)) == whole
-    assert _events(cut(stream, [1])) == whole
+    assert _events(cut(stream, [1 + len(stream) // _PIECES])) == whole
 
 
 def check_json_tail(body: bytes, sizes: Sequence[int], dialect: Dialect) -> None:
@@ -210,6 +213,27 @@ def check_peek(body: bytes) -> None:
 
 
 # ── bytes into cases, for atheris ────────────────────────────────────────────────────────────────────────
+
+
+#: The values of fields that route, and of others.
+PEEK_VALUES: tuple[bytes, ...] = (
+    *(word for word in PEEK_WORDS if re.fullmatch(rb'["\\\w.+-]+', word)),
+    *(b"[]", b"{}", b'{"model":"x"}', b'[{"n":1}]', b'"%b"' % (b"x" * 257)),
+    *(b"1024", b"1025", b"1" * 401 + b".5", b'"model"', b'"\\"n\\":1"'),
+)
+PEEK_NAMES: tuple[bytes, ...] = tuple(word for word in PEEK_WORDS if word.endswith(b'":'))
+
+
+def members(wrong: bytes, data: bytes) -> bytes:
+    """An object: two bytes a member. `wrong`: where a byte is another, and which; 255 leaves it whole."""
+    pairs = zip(data[::2], data[1::2], strict=False)
+    body = b"{%b}" % b",".join(
+        PEEK_NAMES[name % len(PEEK_NAMES)] + PEEK_VALUES[value % len(PEEK_VALUES)] for name, value in pairs
+    )
+    if len(wrong) < 3 or wrong[2] == 255:
+        return body
+    at = int.from_bytes(wrong[:2]) % len(body)
+    return body[:at] + wrong[2:3] + body[at + 1 :]
 
 
 def soup(data: bytes, words: Sequence[bytes]) -> bytes:
