@@ -1,0 +1,1 @@
+"""`python -m tests.soak SECONDS`: a busy Headrace, watched for what grows."""
