@@ -68,10 +68,11 @@ async def _reserve_dollars(
 ) -> Sequence[Spend]:
     if plan is None or ctx.principal is None:
         return ()
+    if not budgets.limited(ctx.principal, plan):
+        return ()
     most = Usage(ctx.asked_tokens, 0, output, 0, Source.ESTIMATED)
     nanos = pricing.cost_nanos(most, entry.price) or 0
-    wanted = budgets.spends(ctx.principal, plan, nanos, time.time())
-    return await admission.spend(wanted) if wanted else ()
+    return await admission.spend(budgets.spends(ctx.principal, plan, nanos, time.time()))
 
 
 async def settle(

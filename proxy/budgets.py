@@ -17,6 +17,7 @@ from proxy.schema import Plan
 from proxy.state import Spend
 
 NANOS = 10**9
+_NONE = (None,) * 4
 
 
 def ends_of(wall_now: float) -> tuple[float, float]:
@@ -32,11 +33,14 @@ def begins_of(wall_now: float) -> tuple[float, float]:
     return day.timestamp(), day.replace(day=1).timestamp()
 
 
+def limited(principal: Principal, plan: Plan) -> bool:
+    """Has the caller any budget?"""
+    return _limits(principal, plan) != _NONE
+
+
 def spends(principal: Principal, plan: Plan, nanos: int, wall_now: float) -> list[Spend]:
     """What a request that may cost this much takes from each of its caller's budgets; empty: it has none."""
     limits = _limits(principal, plan)
-    if all(limit is None for limit in limits):
-        return []
     ends = ends_of(wall_now)
     named = zip(_names(principal.name, principal.plan), limits, (*ends, *ends), strict=True)
     return [

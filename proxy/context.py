@@ -124,7 +124,7 @@ class Context:
         self._acked_before: int | None = None  # bytes that it took for earlier requests
 
     def goes_out_by(self, transport: asyncio.BaseTransport | None) -> None:
-        """The connection that operators see the progress of."""
+        """The connection that operators see the progress of: of whatever is not sent in one write."""
         self._transport = transport
         self._acked_before = downlink.acked_bytes(transport)
 
@@ -158,6 +158,8 @@ class Context:
         }
 
     def _progress(self, now: float) -> dict[str, Any]:
+        if self._transport is None:  # nothing has been sent
+            return {"bytes_out": 0, "idle_s": round(now - self.started_at, 3), "buffered_bytes": 0}
         seen = None if self._acked_before is None else downlink.look(self._transport)
         if seen is None or self._acked_before is None:
             return {"bytes_out": None, "idle_s": None, "buffered_bytes": None}

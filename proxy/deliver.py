@@ -105,6 +105,7 @@ class Delivery:
 
     async def _prepare(self, response: web.StreamResponse) -> None:
         self._describe(response.headers, response.status)
+        self._ctx.goes_out_by(self._request.transport)
         if response.content_length is None and self._request.version == HttpVersion11:
             response.enable_chunked_encoding()
         await response.prepare(self._request)

@@ -15,6 +15,8 @@ from typing import Any
 from proxy.metrics import Metrics
 
 _PAGE_BYTES = resource.getpagesize()
+#: New objects to a young collection, young to a middle one, middle to a full one (CPython's: 700, 10, 10).
+_COLLECT_AFTER = (5000, 20, 20)
 
 
 class Footprint:
@@ -41,6 +43,15 @@ class Footprint:
     def show(self) -> None:
         """Reads the figures as they are now; about 40 us."""
         show(self._metrics)
+
+
+def settle_collector() -> None:
+    """Once, when a process begins to serve: what is there stays, so no collection looks at it again, and
+    requests, which leave little behind that is tied in cycles, are looked at by the thousand. 3 % of a short
+    request's CPU (measured); a young collection takes 0.3 ms, a tenth of what a gap in a stream may be."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECT_AFTER)
 
 
 def show(metrics: Metrics) -> None:

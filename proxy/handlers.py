@@ -36,8 +36,8 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
         return await _OURS[endpoint.name](request)
     if request.app[CORE].refusing:
         raise Draining
-    ctx.goes_out_by(request.transport)
     if endpoint.websocket:
+        ctx.goes_out_by(request.transport)
         return await realtime.websocket(request, ctx, endpoint)
     return await proxied.proxy(request, ctx, endpoint)
 

@@ -150,6 +150,8 @@ def credential_of(authorization: Sequence[str], api_key_fields: Sequence[str]) -
     Raises:
         BadRequest: there are several, and they differ.
     """
+    if len(authorization) == 1 and not api_key_fields:  # nearly always
+        return _bearer(authorization[0]) or None
     found = {_bearer(value) for value in authorization} | {value.strip() for value in api_key_fields}
     found.discard("")
     if len(found) > 1:

@@ -36,7 +36,7 @@ class Peek(msgspec.Struct):
 _decoder = msgspec.json.Decoder(Peek)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ROUTING = frozenset(Peek.__struct_fields__)
-_KEYS = re.compile(rb'"(?:%b)"\s*:' % b"|".join(sorted(name.encode() for name in _ROUTING)))
+_KEYS = re.compile(rb'"(%b)"\s*:' % b"|".join(sorted(name.encode() for name in _ROUTING)))
 # An ASCII letter has no reason to be escaped (other than to hide a key): \u0041 to \u007a.
 _ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")
 # Python refuses integers of more digits than this (CVE-2020-10735); some upstreams hang on them.
@@ -76,11 +76,12 @@ def _suspicious(body: bytes) -> bool:
 def _repeats_a_key(body: bytes) -> bool:
     """Could a routing field be there twice in the outermost object? Most bodies that hold one of the names
     twice hold it deeper inside: those that the outermost object's members account for are no repetition."""
-    everywhere = Counter(key.rstrip(b": \t\r\n") for key in _KEYS.findall(body))
-    if not everywhere or max(everywhere.values()) < 2:
+    found = _KEYS.findall(body)
+    if len(found) == len(set(found)):
         return False
+    everywhere = Counter(found)
     for member in _members.decode(body).values():
-        everywhere.subtract(key.rstrip(b": \t\r\n") for key in _KEYS.findall(member))
+        everywhere.subtract(_KEYS.findall(member))
     return max(everywhere.values()) > 1
 
 

@@ -60,6 +60,12 @@ def usd(picos: int) -> Decimal:
     return Decimal(f"{picos}e-12")
 
 
+def format_picos(picos: int) -> str:
+    """The same of picodollars, without a Decimal: a third of the time, for the log."""
+    whole, rest = divmod(picos, PICOS_PER_USD)
+    return f"{whole}.{f'{rest:012d}'.rstrip('0').ljust(2, '0')}"
+
+
 def format_usd(amount: Decimal) -> str:
     """All digits and no exponent, at least cents: `7.40`, `0.0000075`."""
     whole, _, decimals = f"{amount:f}".partition(".")

@@ -344,6 +344,7 @@ class Front:
         try:
             heir = await self.start()
             announce(self)
+            footprint.settle_collector()
             if not heir:  # the generation before has said who is next
                 systemd.notify(self._environ, "READY=1")
             await self._stop.wait()

@@ -12,6 +12,7 @@ import msgspec
 from proxy import config, log
 from proxy.control import Channel
 from proxy.errors import StartError
+from proxy.footprint import settle_collector
 from proxy.ledger_link import LedgerLink
 from proxy.permit import Direct
 from proxy.server import Server
@@ -64,6 +65,7 @@ class WorkerProcess:
             channel.close()
             return
         channel.note("ready")
+        settle_collector()
         speaking = spawn(self._speak(channel, server), "speak")
         limit_s = await self._stop
         await local.drain(settings.drain if limit_s is None else limit_s)

@@ -17,7 +17,7 @@ from proxy.context import CONTEXT, CORE, Context
 from proxy.core import Core
 from proxy.errors import Reason
 from proxy.log import RequestLine, timestamp
-from proxy.pricing import PICOS_PER_USD, format_usd, usd
+from proxy.pricing import PICOS_PER_USD, format_picos
 from proxy.usage import Source
 
 #: nginx's code for "the caller closed the connection"; only in logs and metrics, never on the wire.
@@ -95,17 +95,14 @@ def _enter(core: Core, ctx: Context, reason: Reason, duration_s: float) -> None:
 
 def _line(ctx: Context, method: str, reason: Reason, ended_at: float) -> RequestLine:
     known = None if ctx.usage is None or ctx.usage.source is Source.UNKNOWN else ctx.usage
-
-    def since_start(moment: float | None) -> float | None:
-        return None if moment is None else round((moment - ctx.started_at) * 1000, 3)
-
+    principal, started_at = ctx.principal, ctx.started_at
     return RequestLine(
         ts=timestamp(),
         level="info",
         event="request",
         request_id=ctx.request_id,
-        key_id=(ctx.principal.key_id or None) if ctx.principal is not None else None,
-        plan=None if ctx.principal is None else ctx.principal.plan,
+        key_id=(principal.key_id or None) if principal is not None else None,
+        plan=None if principal is None else principal.plan,
         method=method,
         route=ctx.route,
         model=ctx.model,
@@ -114,16 +111,20 @@ def _line(ctx: Context, method: str, reason: Reason, ended_at: float) -> Request
         status=ctx.status,
         reason=reason.value,
         queue_ms=None if ctx.queue_s is None else round(ctx.queue_s * 1000, 3),
-        ttfb_ms=since_start(ctx.first_byte_at),
-        ttft_ms=since_start(ctx.first_token_at),
-        duration_ms=round((ended_at - ctx.started_at) * 1000, 3),
+        ttfb_ms=_ms_between(started_at, ctx.first_byte_at),
+        ttft_ms=_ms_between(started_at, ctx.first_token_at),
+        duration_ms=round((ended_at - started_at) * 1000, 3),
         chunks=ctx.chunks,
         bytes_in=ctx.bytes_in,
         bytes_out=ctx.bytes_out,
         prompt_tokens=None if known is None else known.prompt_tokens,
         completion_tokens=None if known is None else known.completion_tokens,
         usage_source=None if ctx.usage is None else ctx.usage.source,
-        cost_usd=None if ctx.cost_picos is None else format_usd(usd(ctx.cost_picos)),
+        cost_usd=None if ctx.cost_picos is None else format_picos(ctx.cost_picos),
         client_ip=ctx.client_ip,
         error=ctx.error_code,
     )
+
+
+def _ms_between(start: float, moment: float | None) -> float | None:
+    return None if moment is None else round((moment - start) * 1000, 3)

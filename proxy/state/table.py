@@ -13,9 +13,9 @@ ended it. Every verb locks its sets in ascending order, works for a few microsec
 suspension point between. Such locks belong to the process and end when it closes *any* descriptor of the
 file: nobody opens a second one while the state is in use (a second `attach` in one process is for tests: it
 is safe as long as none is closed inside a verb, and no verb gives way). They do not keep threads apart
-either: the event loop is the only caller in a process. One process alone takes none: each is two system calls,
-and while it makes them other threads (log, ledger) may take the interpreter from it. A stopped holder (SIGSTOP) stops the others at the
-same set until it continues or is killed.
+either: the event loop is the only caller in a process. One process alone takes none: each is two system
+calls, and while it makes them other threads (log, ledger) may take the interpreter from it. A stopped holder
+(SIGSTOP) stops the others at the same set until it continues or is killed.
 
 A full set reuses an idle cell, which says the same as no cell. If there is none, the name is not counted: it
 is answered as if never used, and `overflow` goes up. How rare that is was decided with the size: in a table
@@ -243,7 +243,7 @@ class Counters:
             fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, keys * _WORD)
 
     def _release(self) -> None:
-        """After `_lock`. A second process may have come meanwhile: unlocking what is not locked is nothing."""
+        """After `_lock`. If a second process has come meanwhile, what is unlocked was not locked: no harm."""
         if self._words[SEEN] != 1:
             self._unlock()
 
