@@ -19,8 +19,8 @@ from proxy.sse_events import EventReader, UnreadableError
 from proxy.usage import REACH, JsonTail, Usage
 
 DIALECTS = tuple(Dialect)
-#: So many pieces take a millisecond: a stream that is shorter goes byte by byte.
-_PIECES = 400
+#: A stream that is no longer goes byte by byte, others in as many pieces: time is for other streams.
+_PIECES = 200
 #: Words that mean something to the scanner, in any order and half cut: a soup is seldom a stream, but each
 #: part of it stands where only a stranger would put it.
 SCANNER_WORDS: tuple[bytes, ...] = (
