@@ -20,7 +20,7 @@ from proxy.usage import REACH, JsonTail, Usage
 
 DIALECTS = tuple(Dialect)
 #: A stream that is no longer goes byte by byte, others in as many pieces: time is for other streams.
-_PIECES = 200
+PIECES = 200
 #: Words that mean something to the scanner, in any order and half cut: a soup is seldom a stream, but each
 #: part of it stands where only a stranger would put it.
 SCANNER_WORDS: tuple[bytes, ...] = (
@@ -101,12 +101,14 @@ def _scan(kind: type[Scanner], dialect: Dialect, expects: bool, pieces: Iterable
     )
 
 
-def check_scanner(stream: bytes, sizes: Sequence[int], dialect: Dialect, expects: bool) -> None:
+def check_scanner(
+    stream: bytes, sizes: Sequence[int], dialect: Dialect, expects: bool, pieces: int = PIECES
+) -> None:
     """The answers are those of the whole, however it is cut; what reports usage does not change the rest."""
     whole = _scan(Scanner, dialect, expects, [stream])
-    for pieces in (cut(stream, sizes), cut(stream, [1 + len(stream) // _PIECES])):
-        assert _scan(Scanner, dialect, expects, pieces) == whole
-        assert _scan(BlindScanner, dialect, expects, pieces)[:6] == whole[:6]
+    for parts in (cut(stream, sizes), cut(stream, [1 + len(stream) // pieces])):
+        assert _scan(Scanner, dialect, expects, parts) == whole
+        assert _scan(BlindScanner, dialect, expects, parts)[:6] == whole[:6]
 
 
 def _events(pieces: Iterable[bytes]) -> tuple[list[bytes], bytes] | None:
@@ -120,12 +122,12 @@ def _events(pieces: Iterable[bytes]) -> tuple[list[bytes], bytes] | None:
     return [event for event in found if event], reader.rest().lstrip(b"\r\n")
 
 
-def check_events(stream: bytes, sizes: Sequence[int]) -> None:
+def check_events(stream: bytes, sizes: Sequence[int], pieces: int = PIECES) -> None:
     """The same events in any cut, but for empty ones: half a line end may stand before each."""
     whole = _events([stream])
     assert whole is not None
     assert _events(cut(stream, sizes)) == whole
-    assert _events(cut(stream, [1 + len(stream) // _PIECES])) == whole
+    assert _events(cut(stream, [1 + len(stream) // pieces])) == whole
 
 
 def check_json_tail(body: bytes, sizes: Sequence[int], dialect: Dialect) -> None:
