@@ -21,6 +21,8 @@ _FILES = {
     "/live/page.css": "playground.css",
     "/live/live.css": "live.css",
     "/live/live.js": "live.js",
+    "/live/live-dom.js": "live-dom.js",
+    "/live/live-streams.js": "live-streams.js",
     "/live/live-text.js": "live-text.js",
 }
 #: How soon a browser comes again whose stream has ended, milliseconds: a restart is hardly seen.

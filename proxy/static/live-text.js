@@ -27,15 +27,21 @@ export function size(bytes) {
   return [value.toFixed(1), "GB"];
 }
 
+/** @param {number | null} speed @returns {[string, string]} */
+export function perSecond(speed) {
+  const [value, unit] = size(speed);
+  return [value, unit && `${unit}/s`];
+}
+
 /** @param {number} value */
 export const count = (value) => value.toLocaleString("en");
 
-/** To the cent where there are dollars, else to the first digits that are not zero. @param {string} usd exact */
+/** To the cent where there are some, else to the first two digits that are not zero. @param {string} usd exact */
 export function dollars(usd) {
   const value = Number(usd);
   if (value === 0) return "$0.00";
-  if (value >= 1) return `$${value.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 })}`;
-  return `$${value < 0.000001 ? "0.000001" : value.toFixed(value < 0.01 ? 6 : 4)}`;
+  if (value < 0.095) return `$${value.toFixed(1 - Math.floor(Math.log10(value)))}`;
+  return `$${value.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 })}`;
 }
 
 /** Of an age in seconds, for a sentence. @param {number} seconds */
@@ -47,10 +53,11 @@ export function ago(seconds) {
 /** @param {number} number @param {string} one @param {string} [many] */
 export const some = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 
+/** @type {Record<string, string>} */
 const PHASES = {
   body: "Reading the request",
   queue: "Waiting",
-  first_byte: "Asking",
+  first_byte: "Before first byte",
   stream: "Streaming",
   answer: "Answering",
   drain_for_usage: "Reader left",
@@ -58,16 +65,17 @@ const PHASES = {
 
 /** @param {string} phase @param {number | null} place in the queue */
 export function phaseName(phase, place) {
-  const name = PHASES[/** @type {keyof PHASES} */ (phase)] ?? phase;
+  const name = PHASES[phase] ?? phase;
   return place === null ? name : `${name}, no. ${place}`;
 }
 
-/** Results of attempts, as `headrace_upstream_attempts_total` has them. */
+/** Results of attempts, as `headrace_upstream_attempts_total` has them. @type {Record<string, string>} */
 const RESULTS = { connect_error: "No connection", timeout: "Timeout", reset: "Cut off", status: "Error status" };
 
 /** @param {string} result */
-export const resultName = (result) => RESULTS[/** @type {keyof RESULTS} */ (result)] ?? result;
+export const resultName = (result) => RESULTS[result] ?? result;
 
+/** @type {Record<string, string>} */
 const SCOPES = {
   ip: "Per address",
   key: "Per key",
@@ -80,7 +88,7 @@ const SCOPES = {
 };
 
 /** @param {string} scope */
-export const scopeName = (scope) => SCOPES[/** @type {keyof SCOPES} */ (scope)] ?? scope;
+export const scopeName = (scope) => SCOPES[scope] ?? scope;
 
 /** Pixels from one bar to the next, and how high the highest is. */
 const STEP = 6;
