@@ -40,8 +40,8 @@ def scanner(data: bytes) -> None:
     if len(data) <= _HEAD:
         return
     dialect, expects = DIALECTS[data[0] % len(DIALECTS)], data[0] < 192
-    sizes = [size**2 // 8 + 1 for size in data[1:_HEAD]]  # 1 to 8129
     stream = soup(data[_HEAD:], SCANNER_WORDS)
+    sizes = [size**2 // 8 + 1 + len(stream) // _PIECES // 4 for size in data[1:_HEAD]]
     with Told(dialect=dialect, expects=expects, sizes=sizes, stream=stream):
         check_scanner(stream, sizes, dialect, expects, _PIECES)
         check_events(stream, sizes, _PIECES)
