@@ -102,6 +102,7 @@ async def soak(seconds: float, say: Say, seed: int = 1) -> list[str]:
             await balanced(it.fleet)
             dropped = await it.fleet.total("headrace_ledger_dropped_total")
             reasons = await _reasons(it.fleet)
+            broken = it.load.broken
     found = flat.lines(samples)
     for line in flat.verdicts(found, samples[-1].requests - samples[0].requests):
         say(line)
@@ -114,6 +115,7 @@ async def soak(seconds: float, say: Say, seed: int = 1) -> list[str]:
         ),
         *flat.left_behind(before, after),
         *([f"{dropped:.0f} rows of the ledger were dropped"] if dropped else []),
+        *(f"{name}: {count} without an answer" for name, count in broken.items()),
     ]
 
 

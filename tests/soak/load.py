@@ -193,12 +193,17 @@ VISITS: dict[str, tuple[int, Visit]] = {
 }
 
 
+#: Those whose caller breaks off, and may find that it was Headrace.
+BREAKING = {"leaves", "gives up", "half a body", "left upload"}
+
+
 class Load:
-    """`made`: how many visits of each kind came to their end. A caller that fails in another way than by a
-    broken connection, which is what some of them are for, fails the soak."""
+    """made: visits by kind; broken: those that had no answer and should have had. One that has no end, or
+    fails in a way that callers do not, fails the soak."""
 
     def __init__(self, door: Door, seed: int) -> None:
         self.made = Counter[str]()
+        self.broken = Counter[str]()
         self._door = door
         self._seed = seed
 
@@ -207,10 +212,18 @@ class Load:
         names, weights = list(VISITS), [weight for weight, _ in VISITS.values()]
         while True:
             (name,) = rng.choices(names, weights)
-            with suppress(OSError, asyncio.IncompleteReadError, aiohttp.ClientError):
-                await VISITS[name][1](self._door)
-            self.made[name] += 1
+            await self._visit(name)
             await asyncio.sleep(rng.random() * 2 * REST_S)
+
+    async def _visit(self, name: str) -> None:
+        self.made[name] += 1
+        try:
+            await VISITS[name][1](self._door)
+        except TimeoutError:  # which is an OSError
+            raise AssertionError(f"{name}: no end") from None
+        except (OSError, asyncio.IncompleteReadError, aiohttp.ClientError):
+            if name not in BREAKING:
+                self.broken[name] += 1
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
