@@ -125,6 +125,7 @@ async def test_what_is_wrong_with_a_chain(tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.slow
 async def test_two_proxies_in_a_row(tmp_path: Path) -> None:
     """The inner nginx keeps X-Accel-Buffering for itself; the outer one, left at its defaults, buffers."""
     (tmp_path / "inner").mkdir()

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.timeout(120)
 
 FOLDER = ROOT / "grafana"
 RULES = FOLDER / "rules"
+SCENARIOS = (RULES / "tests.yml", RULES / "tests-of-days.yml")
 DASHBOARDS = {file.stem: json.loads(file.read_text()) for file in sorted(build.FOLDER.glob("*.json"))}
 UNITS = {"reqps", "cps", "Bps", "bytes", "percentunit", "s", "short", "none", "currencyUSD", "suffix: tok/s"}
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -178,12 +179,12 @@ def test_promtool_takes_the_configuration() -> None:
 
 def test_rules_do_what_they_say() -> None:
     """promtool plays scenarios: which alerts fire, and that no other does."""
-    promtool("test", "rules", str(RULES / "tests.yml"))
+    promtool("test", "rules", *map(str, SCENARIOS))
 
 
 def test_every_alert_is_played() -> None:
     """Each fires in a scenario, and says who is woken, what is wrong and what to do."""
-    played = (RULES / "tests.yml").read_text()
+    played = "".join(file.read_text() for file in SCENARIOS)
     alerts = [rule for rule in rules() if "alert" in rule]
     assert len({rule["alert"] for rule in alerts}) == len(alerts) > 15
     for rule in alerts:

@@ -139,12 +139,12 @@ async def test_an_upstreams_slots_are_shared_and_never_exceeded(
     limits = {"queue": {"max_waiting": 200, "max_wait": 30}}
     async with pair(tmp_path, server.url, workers, upstream={"max_in_flight": 3}, limits=limits) as here:
         crowds = [Crowd(port) for port in here.ports]
-        names = [str(number) for number in range(60)]
+        names = [str(number) for number in range(30)]
         for name in names:
             crowds[int(name) % 2].ask(name)
         await until(lambda: here.desk.inside == 3, 10)
         here.desk.open_all()
-        assert [await crowds[int(name) % 2].status(name) for name in names] == [200] * 60
+        assert [await crowds[int(name) % 2].status(name) for name in names] == [200] * 30
         assert here.desk.most == 3
         await here.quiet()
 
@@ -242,7 +242,13 @@ async def test_what_is_decided_without_the_store(
         await here.quiet()
 
 
-@pytest.mark.parametrize("fault", [Fault(delay_s=0.5), Fault(blackhole=True)], ids=["slow", "silent"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault(delay_s=0.5), id="slow", marks=pytest.mark.slow),
+        pytest.param(Fault(blackhole=True), id="silent"),
+    ],
+)
 async def test_a_store_that_does_not_answer_in_time_counts_as_gone(
     tmp_path: Path, server: RedisServer, fault: Fault
 ) -> None:
@@ -274,7 +280,8 @@ async def _flush_scripts(server: RedisServer) -> None:
         await client.script_flush()
 
 
-@pytest.mark.parametrize("flush", [_flush_all, _flush_scripts])
+# Everything includes the scripts.
+@pytest.mark.parametrize("flush", [_flush_all, pytest.param(_flush_scripts, marks=pytest.mark.slow)])
 async def test_a_redis_that_forgets_fails_no_request(
     tmp_path: Path, server: RedisServer, flush: Callable[[RedisServer], Awaitable[None]]
 ) -> None:

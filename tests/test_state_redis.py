@@ -26,7 +26,7 @@ from tests.kit import hammer
 from tests.kit.chaos import Chaos, Fault, chaos
 from tests.kit.redis import RedisServer, redis_server
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.alone]
+pytestmark = pytest.mark.timeout(60)
 
 BUDGET_S = 0.05
 #: Deadlines are five times what is promised: these machines are shared.
@@ -105,7 +105,7 @@ STEPS = st.lists(
 
 
 @pytest.mark.parametrize("start", [5000.0, 1.76e9])
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 async def test_the_arithmetic_is_that_of_the_bucket(server: RedisServer, start: float, steps: Any) -> None:
     """Decisions and what is stored, to the nanosecond: any rate and size, a clock that leaps, any verb."""
@@ -188,6 +188,7 @@ async def test_time_is_that_of_the_server(server: RedisServer) -> None:
         assert time.monotonic() - begin >= 0.5
 
 
+@pytest.mark.alone
 async def test_a_budget_ends_by_the_clock_of_the_server(state: RedisState) -> None:
     """At its date."""
     ends = time.time() + 0.5
@@ -201,6 +202,7 @@ async def test_a_budget_ends_by_the_clock_of_the_server(state: RedisState) -> No
     assert time.time() >= ends - 0.01
 
 
+@pytest.mark.alone
 async def test_a_lease_ends_by_the_clock_of_the_server(server: RedisServer) -> None:
     """Silence for so long; a renew in time keeps it."""
     async with opened(server.url, 5.0, lease_s=0.6) as silent, opened(server.url, 5.0, lease_s=0.6) as alive:
@@ -217,6 +219,7 @@ async def test_a_lease_ends_by_the_clock_of_the_server(server: RedisServer) -> N
         assert await alive.peek_slots(["a"], NONSENSE) == [1]
 
 
+@pytest.mark.alone
 async def test_what_an_owner_held_before_it_was_gone(server: RedisServer) -> None:
     """Stays free when it comes back, also if nobody looked in between; what it takes then counts."""
     async with opened(server.url, 5.0, lease_s=0.2) as state, opened(server.url, 5.0) as other:
@@ -282,6 +285,7 @@ async def test_the_ttl_of_a_slot_is_renewed(server: RedisServer, state: RedisSta
 # ── several processes ────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.alone
 async def test_two_processes_overshoot_by_nothing(server: RedisServer) -> None:
     """On Redis's clock: not one more than there is, of buckets and of slots; and not one fewer."""
     address = f"timed:{server.url}"
@@ -301,6 +305,7 @@ async def test_two_processes_overshoot_by_nothing(server: RedisServer) -> None:
     assert min(child["held"] for child in told) > 10
 
 
+@pytest.mark.alone
 async def test_slots_of_killed_processes_come_back(server: RedisServer, state: RedisState) -> None:
     """SIGKILL amid all verbs: their slots count for the lease of a second, and no longer."""
     names = ["machine", *(f"key:{number}" for number in range(50))]
@@ -345,13 +350,15 @@ async def cancelled_at_random(state: RedisState, calls: int, within_s: float) ->
     return sum(await asyncio.gather(*[one() for _ in range(calls)]))
 
 
+@pytest.mark.alone
 async def test_cancelled_acquires_leave_nothing(server: RedisServer, state: RedisState) -> None:
-    """Thousands, cut off at random instants: some got their lease, most did not, no slot is left."""
-    finished = sum([await cancelled_at_random(state, 500, 0.2) for _ in range(8)])
-    assert 0 < finished < 4000
+    """Many, cut off at random instants: some got their lease, most did not, no slot is left."""
+    finished = sum([await cancelled_at_random(state, 500, 0.2) for _ in range(3)])
+    assert 0 < finished < 1500
     await until(lambda: free(state, "machine", "a"))
 
 
+@pytest.mark.alone
 async def test_acquires_of_unknown_end_leave_nothing(server: RedisServer) -> None:
     """The same over a network on which most run into their budget, while it gets better and worse."""
     # The last leaves all in doubt: Redis has done what it was asked for, and its answers come too late.
@@ -364,7 +371,7 @@ async def test_acquires_of_unknown_end_leave_nothing(server: RedisServer) -> Non
         lease = await state.acquire([Slot("machine", 1)], NONSENSE)  # from now on Redis knows the script
         assert lease is not None
         await state.release(lease)
-        for fault in faults * 3:
+        for fault in faults * 2:
             await proxy.become(Fault())
             await until(lambda: connected(state, 32))
             await proxy.become(fault)
@@ -388,6 +395,7 @@ async def connected(state: RedisState, connections: int) -> bool:
     return set(await asyncio.gather(*probes, return_exceptions=True)) == {None}
 
 
+@pytest.mark.alone
 async def test_too_many_doubts(server: RedisServer) -> None:
     """They are bounded: then the owner starts anew, and its slots end with their lease."""
     async with opened(server.url, 5.0, lease_s=0.5) as state:
@@ -552,6 +560,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 async def test_faults(proxy: Chaos, remote: RedisState, fault: Fault) -> None:
     """Every verb ends within its budget, one by one and all at once, and all work again afterwards."""
@@ -588,6 +597,7 @@ ANSWERS = [
 ]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: repr(answer[:12]))
 async def test_answers_that_are_none(proxy: Chaos, remote: RedisState, answer: bytes) -> None:
     """Whatever a server says: nothing but StoreUnavailable is raised, and the connection is not trusted."""
@@ -599,6 +609,7 @@ async def test_answers_that_are_none(proxy: Chaos, remote: RedisState, answer: b
     await until(lambda: works(remote))
 
 
+@pytest.mark.alone
 async def test_an_answer_to_something_else_ends_its_connection(proxy: Chaos, remote: RedisState) -> None:
     """The next one on it may be as wrong. A refusal is an answer, and its connection is kept."""
     await until(lambda: works(remote))
@@ -612,6 +623,7 @@ async def test_an_answer_to_something_else_ends_its_connection(proxy: Chaos, rem
         assert proxy.accepted - before == opened_anew
 
 
+@pytest.mark.alone
 async def test_no_answer_belongs_to_another_question(proxy: Chaos, server: RedisServer) -> None:
     """Answers that come late, in part or never: each budget always says its own sum."""
     sums = {f"budget:{number}": 1000 + number for number in range(40)}
@@ -631,7 +643,7 @@ async def test_no_answer_belongs_to_another_question(proxy: Chaos, server: Redis
                 except StoreUnavailable:
                     failed += 1
 
-        askers = [asyncio.create_task(ask(time.monotonic() + 3)) for _ in range(8)]
+        askers = [asyncio.create_task(ask(time.monotonic() + 2)) for _ in range(8)]
         while not all(asker.done() for asker in askers):
             for fault in (Fault(), Fault(delay_s=0.045), Fault(blackhole=True), Fault(cut_after=100)):
                 await proxy.become(fault)
@@ -650,6 +662,7 @@ async def test_restarted_between_two_calls(server: RedisServer) -> None:
             await server.restart()
 
 
+@pytest.mark.alone
 async def test_a_loop_that_is_held_up(server: RedisServer) -> None:
     """Our own delay is not Redis's: its answer, 30 ms late, lies in the socket when the loop comes back."""
     loop = asyncio.get_running_loop()
@@ -686,6 +699,7 @@ async def test_more_calls_than_connections(server: RedisServer) -> None:
             assert (await client.info("clients"))["connected_clients"] == 3 + 1
 
 
+@pytest.mark.alone
 async def test_closing_leaves_nothing_open(server: RedisServer) -> None:
     """No slot, no connection, also amid calls; and a Redis that is gone does not hold it up."""
     state = RedisState(server.url, 5.0)

@@ -424,10 +424,23 @@ async def test_held_back(push: bool) -> None:
         assert upstream.calls[0].received == total
 
 
-@both
+# An upload takes the same way in, however it goes on: the three others are for test-all.
 @pytest.mark.alone
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("framing", ["length", pytest.param("chunked", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("push", "framing"),
+    [
+        pytest.param(True, "length", id="push-length"),
+        *(
+            pytest.param(push, framing, id=f"{name}-{framing}", marks=pytest.mark.slow)
+            for push, name, framing in (
+                (True, "push", "chunked"),
+                (False, "pull", "length"),
+                (False, "pull", "chunked"),
+            )
+        ),
+    ],
+)
 async def test_512_megabytes(push: bool, framing: str) -> None:
     """The largest upload that is allowed: every byte, and no more memory than a small one."""
     size = 2**29

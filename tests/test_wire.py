@@ -376,9 +376,9 @@ async def test_a_large_answer_is_piped(way: Way, framing: str) -> None:
 @pytest.mark.alone
 @pytest.mark.parametrize("framing", [pytest.param("length", marks=pytest.mark.slow), "chunked"])
 async def test_speech_for_a_slow_listener(way: Way, framing: str) -> None:
-    """200 MB of audio for a reader that first takes nothing: the upstream has to wait, memory stays flat, and
+    """100 MB of audio for a reader that first takes nothing: the upstream has to wait, memory stays flat, and
     every byte arrives."""
-    piece, count = random.Random(7).randbytes(2**20), 200
+    piece, count = random.Random(7).randbytes(2**20), 100
     size = len(piece) * count
     fields = f"Content-Length: {size}" if framing == "length" else "Transfer-Encoding: chunked"
     head = f"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\n{fields}\r\n\r\n".encode()

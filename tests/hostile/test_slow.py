@@ -28,7 +28,7 @@ from tests.kit.upstreams import HEAD, Call, chunk, scripted
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(90)]
 
 ATTACKERS = 200
-DEADLINE_S = 2.0
+DEADLINE_S = 1.0
 #: A tenth of a second between two pieces: far more often than any idle timer would notice.
 PACE_S = 0.1
 SLACK = 5
@@ -36,7 +36,7 @@ TIMEOUTS = {"header": DEADLINE_S, "body": DEADLINE_S, "write": DEADLINE_S}
 #: Below this the p99 of a few hundred requests is that of a machine that has other work too.
 LEAST_MS = 50.0
 #: Seconds between two arrivals: what is measured is the attack, not the burst of its connections.
-ARRIVAL_S = 0.005
+ARRIVAL_S = 0.0025
 
 
 async def pumps(call: Call) -> None:
