@@ -36,7 +36,7 @@ from tests.fuzz.oracles import (
 )
 
 FEW = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-MANY = settings(FEW, max_examples=5000)
+MANY = settings(FEW, max_examples=2000)
 OPENAI, ANTHROPIC, RESPONSES = Dialect.OPENAI, Dialect.ANTHROPIC, Dialect.RESPONSES
 
 # ── streams ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -109,7 +109,7 @@ def test_bodies(body: bytes) -> None:
 
 
 @pytest.mark.slow
-@settings(MANY, max_examples=20_000)
+@settings(MANY, max_examples=6000)
 @BODIES
 def test_many_bodies(body: bytes) -> None:
     check_peek(body)
@@ -249,7 +249,7 @@ def test_paths(method: str, path: str) -> None:
 
 
 @pytest.mark.slow
-@settings(MANY, max_examples=20_000)
+@settings(MANY, max_examples=6000)
 @PATHS
 def test_many_paths(method: str, path: str) -> None:
     assert match(method, path) is expected(method, path)
