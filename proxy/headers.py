@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ _RESPONSE_DROP = HOP_BY_HOP | {
     b"date",
 }
 
+_UPSTREAM_ID = "x-upstream-request-id"
+_NONE_NAMED: frozenset[bytes] = frozenset()
 #: Ids are unique, not secret: random once a process, then counted (os.urandom costs 7 us a request).
 _MINTED = f"req_{os.urandom(10).hex()}"
 _numbers = itertools.count(1)
@@ -110,8 +113,26 @@ def trace_id(traceparent: str | None) -> str | None:
 
 def _named_by_connection(fields: RawHeaders) -> frozenset[bytes]:
     """Fields that `Connection` names are hop-by-hop too."""
-    named = [value for name, value in fields if name.lower() == b"connection"]
+    named = [value for name, value in fields if len(name) == 10 and name.lower() == b"connection"]
+    if not named:
+        return _NONE_NAMED
     return frozenset(option.strip().lower() for value in named for option in value.split(b","))
+
+
+@lru_cache(maxsize=1024)
+def _goes_up(name: bytes) -> bool:
+    """By its name alone; the same few names come with every request."""
+    lower = name.lower()
+    return not (lower in _REQUEST_DROP or b"_" in name or lower.startswith(b"x-headrace-"))
+
+
+@lru_cache(maxsize=1024)
+def _name_down(name: bytes) -> str | None:
+    """Under which name a field of an answer crosses; None: it does not."""
+    lower = name.lower()
+    if lower in (b"x-request-id", b"request-id"):
+        return _UPSTREAM_ID
+    return None if lower in _RESPONSE_DROP else _text(name)
 
 
 def to_upstream(fields: RawHeaders) -> bytes:
@@ -120,13 +141,13 @@ def to_upstream(fields: RawHeaders) -> bytes:
     Names with an underscore are dropped as nginx does: CGI-like servers read `X_Api_Key` as `X-Api-Key`.
     """
     extra = _named_by_connection(fields)
-    lines = []
-    for name, value in fields:
-        lower = name.lower()
-        if lower in _REQUEST_DROP or lower in extra or b"_" in name or lower.startswith(b"x-headrace-"):
-            continue
-        lines.append(b"%b: %b\r\n" % (name, value))
-    return b"".join(lines)
+    return b"".join(
+        [
+            b"%b: %b\r\n" % (name, value)
+            for name, value in fields
+            if _goes_up(name) and not (extra and name.lower() in extra)
+        ]
+    )
 
 
 def to_caller(fields: RawHeaders, *, keep_ratelimit: bool) -> list[tuple[str, str]]:
@@ -136,30 +157,23 @@ def to_caller(fields: RawHeaders, *, keep_ratelimit: bool) -> list[tuple[str, st
     """
     extra = _named_by_connection(fields)
     kept: list[tuple[str, str]] = []
-    for name, value in fields:
-        lower = name.lower()
-        if _FORBIDDEN_VALUE.search(value):
+    identified = False  # Anthropic sends both spellings of its id with one value: pass it once
+    for raw, value in fields:
+        name = _name_down(raw)
+        if name is None or _FORBIDDEN_VALUE.search(value):
             continue
-        if lower in (b"x-request-id", b"request-id"):
-            kept.append(("x-upstream-request-id", _text(value)))
-        elif lower in _RESPONSE_DROP or lower in extra:
-            continue
-        elif keep_ratelimit or not lower.startswith((b"x-ratelimit-", b"anthropic-ratelimit-")):
-            kept.append((_text(name), _text(value)))
-    return _first_request_id_only(kept)
-
-
-def _first_request_id_only(fields: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Anthropic sends both spellings with one value: pass it once."""
-    seen = False
-    out = []
-    for field in fields:
-        if field[0] == "x-upstream-request-id":
-            if seen:
+        if name is _UPSTREAM_ID:
+            if identified:
                 continue
-            seen = True
-        out.append(field)
-    return out
+            identified = True
+        elif (extra and raw.lower() in extra) or not (keep_ratelimit or _tells_no_quota(name)):
+            continue
+        kept.append((name, _text(value)))
+    return kept
+
+
+def _tells_no_quota(name: str) -> bool:
+    return not name.lower().startswith(("x-ratelimit-", "anthropic-ratelimit-"))
 
 
 def rate_limit(allowance: Mapping[str, Decision]) -> list[tuple[str, str]]:
@@ -189,8 +203,9 @@ def duration(seconds: float) -> str:
 
 def value_of(fields: RawHeaders, name: bytes) -> bytes | None:
     """The first field of this (lower-case) name."""
+    size = len(name)
     for field, value in fields:
-        if field.lower() == name:
+        if len(field) == size and field.lower() == name:
             return value
     return None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -59,20 +58,21 @@ class Target:
 Groups = tuple[tuple[Target, ...], ...]
 
 
-@contextmanager
-def in_use(groups: Groups) -> Iterator[None]:
-    """A reload closes none of them meanwhile: each may still be asked."""
-    _use(groups, 1)
-    try:
-        yield
-    finally:
-        _use(groups, -1)
+class in_use:
+    """A reload closes none of them meanwhile: each may still be asked. (A generator costs 4 us a request.)"""
 
+    __slots__ = ("_upstreams",)
 
-def _use(groups: Groups, change: int) -> None:
-    for group in groups:
-        for target in group:
-            target.upstream.users += change
+    def __init__(self, groups: Groups) -> None:
+        self._upstreams = [target.upstream for group in groups for target in group]
+
+    def __enter__(self) -> None:
+        for upstream in self._upstreams:
+            upstream.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        for upstream in self._upstreams:
+            upstream.users -= 1
 
 
 class Targets:
