@@ -168,14 +168,18 @@ class Bench:
         self._thread.close()
 
 
-@pytest.fixture(scope="module", params=ALL, ids=str)
+#: As `everywhere`.
+WAYS = [*ALL[:-1], pytest.param(ALL[-1], marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=str)
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     made = Bench(request.param)
     yield made
     made.close()
 
 
-@pytest.fixture(scope="module", params=ALL, ids=str)
+@pytest.fixture(scope="module", params=WAYS, ids=str)
 def beating(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """The same with an upstream that pauses longer than the heartbeat."""
     made = Bench(request.param, 0.006, streams={"heartbeat": 0.002})
@@ -510,9 +514,17 @@ async def dies(
         return answer, await it.ended(reason)
 
 
-@everywhere
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("death", DEATHS)
+def deaths() -> Iterator[Any]:
+    """Of each way and route every death for chats, and every route over one way; the rest is for test-all."""
+    for way in ALL:
+        for death in DEATHS:
+            for route in ROUTES:
+                seldom = way == ALL[-1] or (route != CHAT and way != ALL[0])
+                marks = [pytest.mark.slow] if seldom else []
+                yield pytest.param(way, death, route, id=f"{death}-{route}-{way}", marks=marks)
+
+
+@pytest.mark.parametrize(("way", "death", "route"), deaths())
 async def test_a_death_is_visible(way: Way, death: str, route: str) -> None:
     """Between two events: the error event in the dialect of the route, no [DONE], no clean end."""
     answer, line = await dies(way, death, route, PIECE[route])
@@ -650,7 +662,7 @@ async def test_an_upstream_that_hangs_up(way: Way, how: Any, method: str) -> Non
 @pytest.mark.parametrize("head", [b"", HEAD], ids=["silent", "head only"])
 async def test_no_first_byte(way: Way, stream: bool, head: bytes) -> None:
     """No byte of a body in time is 504, and the upstream is let go."""
-    async with lab(plays(head, hold), way, upstream={"timeouts": {"first_byte": 1.0}}) as it:
+    async with lab(plays(head, hold), way, upstream={"timeouts": {"first_byte": 0.5}}) as it:
         await refused(it, chat(stream=stream), 504, "upstream_timeout", "upstream_stall")
         async with asyncio.timeout(1):
             await (await it.called()).gone.wait()
@@ -902,8 +914,14 @@ LATE: dict[str, tuple[Any, str, str]] = {
 
 
 @both
-@pytest.mark.parametrize("late", LATE)
-@pytest.mark.parametrize("route", [CHAT, MESSAGES])
+@pytest.mark.parametrize(
+    ("route", "late"),
+    [
+        *((CHAT, late) for late in LATE),
+        *((MESSAGES, late) for late in ("500", "stall")),
+        *(pytest.param(MESSAGES, late, marks=pytest.mark.slow) for late in ("429", "401", "json", "fin")),
+    ],
+)
 async def test_commit_then_something_else(way: Way, late: str, route: str) -> None:
     """After the early 200 every failure is an error event and an abort."""
     step, code, reason = LATE[late]

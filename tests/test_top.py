@@ -364,7 +364,7 @@ async def terminal(*words: str, cwd: Path, columns: int = 120) -> AsyncIterator[
         os.close(slave)
 
 
-@pytest.mark.parametrize("how", ["q", "SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("how", ["q", "SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 async def test_live(tmp_path: Path, how: str) -> None:
     """It redraws, and leaves the terminal as it was, whichever way it ends."""
     async with (

@@ -194,7 +194,7 @@ async def verify(server: Fleet) -> tuple[int, list[str]]:
     return code, verifying.out
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 async def test_counters_are_proved(tmp_path: Path, workers: int) -> None:
     """They agree, also over a restart and with a stream still open; a row that is missing is found."""
     async with busy(tmp_path, workers) as server:
