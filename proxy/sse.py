@@ -227,8 +227,10 @@ class Scanner:
         tail = self._tail
         if only_null(tail, cut + len(KEY) - 1):
             return cut
-        self._report = latest(self._dialect, tail, self._report)
-        return min(cut, unfinished(tail))
+        kept = unfinished(tail)
+        # What is kept may still turn out to be no report.
+        self._report = latest(self._dialect, tail if kept == len(tail) else tail[:kept], self._report)
+        return min(cut, kept)
 
     def _ends_stream(self, fresh: int) -> bool:
         # [DONE] counts as soon as it is there, with or without its blank line (contract 6.3); the other two

@@ -57,6 +57,11 @@ FOUND_IN_STREAMS = [
         % (b"z" * 4200),
         id="a long repetition of the request is as little an error as a short one",
     ),
+    pytest.param(
+        OPENAI,
+        b'data: {"usage":{"prompt_tokens":5,"completion_tokens":7}}\nid: %b\ndata: {' % (b"w" * 13000),
+        id="a report in an event that goes on and is no JSON in the end is none",
+    ),
 ]
 
 
