@@ -69,6 +69,8 @@ def cut(data: bytes, sizes: Sequence[int]) -> list[bytes]:
 #: looked at again, and the reads it has put aside (each below 2 KiB).
 _HELD = 2 * (REACH + 4096) + 16 * 2049
 
+_BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
+
 Answers = tuple[bool, bool, bool, bool, bool, bool, Usage | None]
 
 
@@ -104,10 +106,12 @@ def _scan(kind: type[Scanner], dialect: Dialect, expects: bool, pieces: Iterable
 def check_scanner(
     stream: bytes, sizes: Sequence[int], dialect: Dialect, expects: bool, pieces: int = PIECES
 ) -> None:
-    """The answers are those of the whole, however it is cut; what reports usage does not change the rest."""
+    """The answers are those of the whole, however it is cut; what reports usage does not change the rest.
+    The last answer, usage, has a bound: an event that goes on for longer after it may say one or the other."""
+    count = 7 if max(map(len, _BLANK_LINE.split(stream))) <= REACH else 6
     whole = _scan(Scanner, dialect, expects, [stream])
     for parts in (cut(stream, sizes), cut(stream, [1 + len(stream) // pieces])):
-        assert _scan(Scanner, dialect, expects, parts) == whole
+        assert _scan(Scanner, dialect, expects, parts)[:count] == whole[:count]
         assert _scan(BlindScanner, dialect, expects, parts)[:6] == whole[:6]
 
 
