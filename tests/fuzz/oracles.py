@@ -107,7 +107,7 @@ def check_scanner(
     stream: bytes, sizes: Sequence[int], dialect: Dialect, expects: bool, pieces: int = PIECES
 ) -> None:
     """The answers are those of the whole, however it is cut; what reports usage does not change the rest.
-    The last answer, usage, has a bound: an event that goes on for longer after it may say one or the other."""
+    The last of them, usage, has a bound: of an event that is longer it may say one thing or the other."""
     count = 7 if max(map(len, _BLANK_LINE.split(stream))) <= REACH else 6
     whole = _scan(Scanner, dialect, expects, [stream])
     for parts in (cut(stream, sizes), cut(stream, [1 + len(stream) // pieces])):
