@@ -182,7 +182,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 @pytest.fixture(scope="module", params=WAYS, ids=str)
 def beating(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """The same with an upstream that pauses longer than the heartbeat."""
-    made = Bench(request.param, 0.006, streams={"heartbeat": 0.002})
+    made = Bench(request.param, 0.004, streams={"heartbeat": 0.002})
     yield made
     made.close()
 
@@ -208,7 +208,7 @@ def test_bytes_arrive_as_they_were_sent(
     assert answer.clean
 
 
-@settings(quietly, max_examples=15)
+@settings(quietly, max_examples=12)
 @given(stream=event_streams(), sizes=SIZES, framed=st.booleans())
 def test_heartbeats_are_all_that_is_added(
     beating: Bench, stream: bytes, sizes: list[int], framed: bool
@@ -524,7 +524,7 @@ def deaths() -> Iterator[Any]:
                 yield pytest.param(way, death, route, id=f"{death}-{route}-{way}", marks=marks)
 
 
-@pytest.mark.parametrize(("way", "death", "route"), deaths())
+@pytest.mark.parametrize(("way", "death", "route"), list(deaths()))
 async def test_a_death_is_visible(way: Way, death: str, route: str) -> None:
     """Between two events: the error event in the dialect of the route, no [DONE], no clean end."""
     answer, line = await dies(way, death, route, PIECE[route])

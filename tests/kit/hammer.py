@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from proxy.state import Charge, Lease, Slot, Spend, State
-from proxy.state.memory import attach
-from proxy.state.redis import RedisState
+from proxy.state.memory import MemoryState, attach
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What all children fight for. Two buckets: all or none means that the wide one is charged like the narrow.
@@ -42,12 +41,14 @@ def open_state(address: str, owner: int) -> State:
     """The store behind an address, as this owner. In Redis everybody is an owner of its own, and time is the
     caller's here too: the suite moves it by hand. Its budget is no matter of these tests."""
     kind, _, rest = address.partition(":")
+    if kind == "memory":
+        return attach(int(rest), owner)
+    from proxy.state.redis import RedisState  # redis-py is two thirds of the start of a process
+
     if kind == "redis":
         return RedisState(rest, budget_s=5.0, callers_clock=True)
-    if kind == "timed":
-        return RedisState(rest, budget_s=5.0, lease_s=1.0)
-    assert kind == "memory"
-    return attach(int(rest), owner)
+    assert kind == "timed"
+    return RedisState(rest, budget_s=5.0, lease_s=1.0)
 
 
 async def buckets(state: State, until: float, _: int) -> list[float]:
@@ -109,7 +110,7 @@ async def budgets(state: State, until: float, _: int) -> int:
     """The sum of what was granted, of both budgets alike, up to the first refusal: however long it takes."""
     granted = 0
     # Memory is much faster: with Redis's amounts the first process would leave the others nothing.
-    largest = LARGEST if isinstance(state, RedisState) else LARGEST // 20
+    largest = LARGEST // 20 if isinstance(state, MemoryState) else LARGEST
     while True:
         amount = random.randint(1, largest)
         spends = [Spend(name, amount, limit, PERIOD_END) for name, limit in BUDGETS.items()]
