@@ -14,13 +14,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from proxy import config, log
 from proxy.server import Server
 from proxy.supervisor import Front
 from proxy.workers import LocalWorker
+from tests.kit.callers import ask
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What has to be zero when nothing is going on.
@@ -91,11 +91,8 @@ class Headrace:
 
     async def metrics(self) -> dict[str, float]:
         """Every sample as `name{labels}` -> value."""
-        async with (
-            aiohttp.ClientSession() as session,
-            session.get(f"{self.admin_url}/metrics") as response,
-        ):
-            text = await response.text()
+        request = b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+        text = (await ask(self.front.admin_port, request)).body.decode()
         samples = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
         return {name: float(value) for name, _, value in samples if name}
 
