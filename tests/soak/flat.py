@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MIB = 2**20
-#: How much the fitted line of all processes' memory may rise over the measured time. Runs of 30, 40 and 220 s
-#: rose by 1.0, 0.7 and 1.3 MiB; 2 MiB of it are the ledger's page cache (SQLite's cache_size), which is full
-#: after 8,000 rows. A leak of 4 KiB a request is found in a minute, one of 300 bytes in ten.
+#: How much the fitted line of all processes' memory may rise over the measured time. Runs of 30, 40, 220 and
+#: 480 s rose by 1.0, 0.7, 1.3 and 1.2 MiB; the ledger's page cache (SQLite's cache_size, 2 MiB) is full after
+#: 8,000 rows. A leak of 4 KiB a request is found in a minute, one of 300 bytes in ten.
 MEMORY_RISE = 4 * MIB
 #: Levels follow the load, which is not even; at rest they are compared to the last one.
 LEVEL_RISE = 0.25
