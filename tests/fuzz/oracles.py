@@ -65,9 +65,9 @@ def cut(data: bytes, sizes: Sequence[int]) -> list[bytes]:
 
 # ── the scanner ──────────────────────────────────────────────────────────────────────────────────────────
 
-#: What a scanner may hold of a stream: a report of REACH bytes that is arriving, twice that before it is
-#: looked at again, and the reads it has put aside (each below 2 KiB).
-_HELD = 2 * (REACH + 4096) + 16 * 2049
+#: What a scanner may hold of a stream (bytes): a report of REACH that is arriving, twice that before it is
+#: looked at again, and two batches of sixteen reads below 2 KiB: one put aside, one that the last look has added.
+_HELD = 2 * (REACH + 4096) + 2 * 16 * 2049
 
 _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 
