@@ -66,7 +66,7 @@ def cut(data: bytes, sizes: Sequence[int]) -> list[bytes]:
 # ── the scanner ──────────────────────────────────────────────────────────────────────────────────────────
 
 #: What a scanner may hold of a stream (bytes): a report of REACH that is arriving, twice that before it is
-#: looked at again, and two batches of sixteen reads below 2 KiB: one put aside, one that the last look has added.
+#: looked at again, and two batches of sixteen reads below 2 KiB: one put aside, one looked at last.
 _HELD = 2 * (REACH + 4096) + 2 * 16 * 2049
 
 _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
