@@ -76,6 +76,7 @@ data path
     uploads     the body of an upload: no faster than the upstream takes it
     pipe        bytes from upstream to caller
     reshape     answers that are changed on their way
+    verify      streams whose bytes are compared: as they came, and as they went
     hold        answers that have to be here before they are passed on
     tap         what an answer used, heard on its way
     drain_usage the rest of an answer, read for its usage after the caller has left
@@ -94,6 +95,7 @@ web
     browser_api what a web page may ask without a key, and its answer's shape
     proxied     requests that go upstream: body, model, cost, place
     realtime    WebSocket sessions: who may open one, with which model
+    page_files  pages and their parts, as they are served
     playground  the page that tries models out, and the browser client
     probe_stream  events that cost nothing, to test a public chain
     handlers    the routes, and what is answered here
@@ -102,7 +104,6 @@ web
     spend_page  what was spent, as a page of the admin listener
     admin_guard who may ask the admin listener, and what a browser may
     admin       the admin listener
-    page_files  pages and their parts, as they are served
     live_view   what the live view shows
     live_feed   one look a second for everybody who watches
     live_page   what runs now, as a page of the admin listener

@@ -8,6 +8,7 @@ fixes the status at 200 but is no commit.
 from __future__ import annotations
 
 import asyncio
+import random
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ from proxy.pipe import break_off as end_visibly
 from proxy.reshape import WHOLE_LIMIT, Reshape, ReshapedPipe
 from proxy.tap import Tap, tells_usage
 from proxy.usage import find_in_json
+from proxy.verify import VerifiedPipe, is_drawn
 from proxy.wire import End
 from proxy.wrap import wrap
 
@@ -268,7 +270,13 @@ class Delivery:
         transform = None
         if self.reshape is not None and tap.scanner is not None:
             transform = self.reshape.transform_of(exchange.fields)
-        pipe = Pipe(*parts) if transform is None else ReshapedPipe(transform, *parts)
+        pipe: Pipe
+        if transform is not None:
+            pipe = ReshapedPipe(transform, *parts)
+        elif self._ctx.streaming and is_drawn(self._streams.verify_sample, random.random):
+            pipe = VerifiedPipe(self._metrics, *parts)
+        else:
+            pipe = Pipe(*parts)
         if tap.scanner is None and tap.feed is not None:
             pipe.listen(tap.feed)
         return pipe

@@ -181,6 +181,10 @@ class Metrics:
         )
         self.breaker_state = Most("breaker_state", "0 closed, 1 half-open, 2 open.", ("upstream",))
         self.heartbeats = Counter("heartbeats_total", "Comments sent while an upstream was silent.")
+        self.transparency_mismatches = Counter(
+            "transparency_mismatch_total",
+            "Streams of `streams.verify_sample` whose caller got other bytes than their upstream sent.",
+        )
         self.client_disconnects = Counter(
             "client_disconnects_total", "Callers that left before the end.", ("phase",)
         )
@@ -213,6 +217,7 @@ class Metrics:
             metric.add((), 0)
         for metric in (self.ledger_rows, self.ledger_pending, self.ledger_dropped):
             metric.add((), 0)
+        self.transparency_mismatches.add((), 0)
 
     def _measure_processes(self) -> None:
         """What `footprint` shows."""

@@ -557,6 +557,11 @@ class Streams(Section, frozen=True, kw_only=True):
     wrap_json: Annotated[
         bool, _doc("Delivers plain JSON that answers a streaming request as one event and [DONE].")
     ] = False
+    verify_sample: Annotated[
+        float,
+        Meta(ge=0, le=1),
+        _doc("Share of event streams whose upstream and delivered bytes are hashed and compared; 0 is off."),
+    ] = 0.0
 
 
 class Retry(Section, frozen=True, kw_only=True):
