@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import proxy
 from docs.markdown import code, table
-from proxy import errors, realtime
+from proxy import errors
 from proxy.errors import Dialect, HeadraceError
 
 #: When a caller sees a code, and what helps. One line a code: with none too many and none missing.
@@ -59,8 +59,6 @@ _WHEN = {
     "upstream_timeout": "No first byte within `first_byte`, silence longer than `idle`, or `total` is over.",
 }
 
-#: Where errors that callers see are defined; others are the data path's own words.
-_HOMES = (errors.__name__, realtime.__name__)
 #: What constructors ask for.
 _SAMPLES: dict[str, Any] = {"retry_after_s": 1, "resets_at": ""}
 
@@ -150,7 +148,8 @@ def codes() -> dict[str, list[Row]]:
 def _of_classes() -> Iterator[Row]:
     made: list[type[HeadraceError]] = [HeadraceError]
     for kind in made:
-        made += [each for each in kind.__subclasses__() if each.__module__ in _HOMES]
+        # Others are the data path's own words.
+        made += [each for each in kind.__subclasses__() if each.__module__ == errors.__name__]
         if kind in (errors.Refused, errors.BadRequest):  # a code for each status, and for each place
             continue
         needed = [each for each in inspect.signature(kind).parameters if each in _SAMPLES]

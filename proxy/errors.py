@@ -8,6 +8,7 @@
     ├── ModelNotAllowed       403  the model is not in the caller's allow-list
     ├── IpNotAllowed          403  the address is not in the caller's networks
     ├── NotFound              404  no such path or model
+    ├── UpgradeRequired       426  a path that is served over WebSocket only
     ├── LimitExceeded         429  the caller's plan is used up: requests, tokens, slots, dollars
     ├── Refused               4xx  any other refusal before an attempt (408, 413, 415, …)
     ├── Overloaded            503  ours: full, waited too long, draining
@@ -209,6 +210,15 @@ class Refused(HeadraceError):
         self.code, message = REFUSALS[status]
         self.close = close
         super().__init__(message)
+
+
+class UpgradeRequired(HeadraceError):
+    """RFC 9110 section 15.5.22."""
+
+    status = 426
+    code = "upgrade_required"
+    message = "This path is served over WebSocket only."
+    headers: Mapping[str, str] = {"Upgrade": "websocket"}
 
 
 class LimitExceeded(HeadraceError):

@@ -39,6 +39,7 @@ from proxy.errors import (
     NotFound,
     Reason,
     Refused,
+    UpgradeRequired,
 )
 from proxy.forward import nobody_available
 from proxy.peek import peek
@@ -56,15 +57,6 @@ if TYPE_CHECKING:
 #: select, and a credential may be among them.
 _HANDSHAKE = ("Host", "Origin", "Connection", "Upgrade", "Sec-WebSocket-Key", "Sec-WebSocket-Version")
 _PROTOCOLS = "Sec-WebSocket-Protocol"
-
-
-class UpgradeRequired(HeadraceError):
-    """RFC 9110 section 15.5.22."""
-
-    status = 426
-    code = "upgrade_required"
-    message = "This path is served over WebSocket only."
-    headers = {"Upgrade": "websocket"}  # noqa: RUF012 - as the root declares it
 
 
 async def websocket(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.StreamResponse:

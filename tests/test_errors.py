@@ -24,6 +24,7 @@ CODES = {
     401: {"invalid_api_key", "expired_token", "invalid_token"},
     403: {"model_not_allowed", "ip_not_allowed"},
     404: {"model_not_found", "not_found"},
+    426: {"upgrade_required"},
     429: {"rate_limit_exceeded", "tokens_limit_exceeded", "too_many_in_flight", "budget_exceeded"},
     500: {"internal_error"},
     502: {"upstream_unreachable", "upstream_invalid_response", "upstream_auth", "upstream_error"},
