@@ -41,7 +41,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def respond(ctx: Context, error: HeadraceError) -> web.Response:
     """An answer of our own, in the route's dialect."""
-    ctx.reason = error.reason if error.reason is not Reason.REJECTED or ctx.attempts == 0 else ctx.reason
+    ctx.reason = _reason_of(ctx, error)
     ctx.error_code = error.code
     response = web.Response(
         status=error.status,
@@ -61,3 +61,11 @@ def respond(ctx: Context, error: HeadraceError) -> web.Response:
         response.force_close()
     ctx.bytes_out = len(response.body or b"")  # type: ignore[arg-type] # bytes, as set above
     return response
+
+
+def _reason_of(ctx: Context, error: HeadraceError) -> Reason:
+    """`rejected` says that nobody was asked. What is refused later, in the middle of an upload, is an answer
+    below 500 that is delivered whole (contract section 6, rule 2)."""
+    if error.reason is Reason.REJECTED and ctx.attempts:
+        return ctx.reason or Reason.COMPLETE
+    return error.reason
