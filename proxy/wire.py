@@ -1,7 +1,7 @@
 """One HTTP/1.1 exchange on a connection of aiohttp's pool, below `ClientSession`.
 
 Why not `ClientSession.request`: it costs 110 to 180 us a request and wakes a task for every read (measured;
-see README, "Where the time goes"). Here the pool, TLS, DNS and happy eyeballs stay TCPConnector's, framing
+see README, "Benchmarks"). Here the pool, TLS, DNS and happy eyeballs stay TCPConnector's, framing
 and its checks stay the C parser's, and only the object that the parser feeds is ours: body bytes go from
 `data_received` straight to a sink, without waking a task.
 

@@ -13,7 +13,7 @@ from proxy.context import CONTEXT, CORE, Context
 
 @web.middleware
 async def request_id(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Accepts a harmless id of the caller's, else mints one; sent back by `downstream.on_prepare`."""
+    """Accepts a harmless id of the caller's, else mints one; sent back by `server.Server._on_prepare`."""
     now = monotonic()
     chosen = headers.request_id(request.headers.get("x-request-id"))
     path = request.raw_path.partition("?")[0]
