@@ -30,7 +30,7 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 from bench import machine, report, targets
-from bench.micro_tap import STREAM_KINDS, ask_all, best, feed_all
+from bench.micro_tap import CHUNKS, STREAM_KINDS, STREAMS, ask_all, best, feed_all
 from proxy import __version__, config, endpoints, identity, key_commands, log
 from proxy.admission import Admission
 from proxy.authenticator import Authenticator
@@ -43,6 +43,7 @@ from proxy.keys import load_pepper
 from proxy.keystore import opened
 from proxy.ledger import Ledger
 from proxy.metrics import Metrics
+from proxy.pipe import Clocks, Pipe
 from proxy.seat import Manner
 from proxy.shared import Shared
 from proxy.slots import WaitingRoom
@@ -50,6 +51,7 @@ from proxy.sse import BlindScanner, Scanner
 from proxy.stores import Stores
 from proxy.upstream import Upstream
 from proxy.usage import Source, Usage
+from proxy.verify import VerifiedPipe
 
 # By its full name: the package has the function of the same name.
 cors = importlib.import_module("proxy.middleware.cors")
@@ -270,6 +272,44 @@ def prices_of_tap() -> list[Price]:
     ]
 
 
+class _Nowhere:
+    """A transport that takes everything, and the writer and the answer above it."""
+
+    chunked = True
+
+    def set_write_buffer_limits(self, high: int) -> None: ...
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def write(self, data: bytes) -> None: ...
+
+
+async def price_of_verification(settings: config.Config) -> Price:
+    """Each stream of the sample: what its pipe costs more than a usual one."""
+    chunk = STREAM_KINDS["no usage in the chunks"]
+    core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]
+    ctx = make_request(core)[CONTEXT]
+    way = _Nowhere()
+    parts: Any = (ctx, SimpleNamespace(transport=way), way, way, None, Clocks(1.0, 1.0, 1.0, 1.0))
+    plain, verified = Pipe(*parts), VerifiedPipe(core.metrics, *parts)
+
+    def run(make: Callable[[], Pipe], reads: int) -> float:
+        """Microseconds a stream."""
+
+        def streams() -> None:
+            for _ in range(STREAMS):
+                pipe = make()
+                for _ in range(reads):
+                    pipe.feed(chunk)
+
+        return best(streams) / STREAMS * 1e6
+
+    made = run(lambda: VerifiedPipe(core.metrics, *parts), 0) - run(lambda: Pipe(*parts), 0)
+    fed = run(lambda: verified, CHUNKS) - run(lambda: plain, CHUNKS)
+    return Price("verify_sample: both sums of a stream", stream=max(0.0, made), chunk=max(0.0, fed / CHUNKS))
+
+
 async def price_of_timer(times: int) -> Price:
     """A stream's one timer: armed once, and cancelled at the end; in between it looks at a number."""
     loop = asyncio.get_running_loop()
@@ -331,6 +371,7 @@ async def prices(times: int) -> AsyncIterator[Price]:
             yield price
         for price in prices_of_tap():
             yield price
+        yield await price_of_verification(usual)
         yield await price_of_timer(times)
 
 
