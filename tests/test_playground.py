@@ -544,7 +544,7 @@ async def test_widths(stage: Stage, tmp_path: Path, width: int, dark: bool, name
     """Nothing is wider than the screen, before, during and after; HEADRACE_SCREENSHOTS names a folder for the
     README's pictures."""
     folder = Path(os.environ.get("HEADRACE_SCREENSHOTS", tmp_path))
-    async with desk(*stage, width=width, dark=dark, scale=2 if width < 600 else 1) as it:
+    async with desk(*stage, width=width, dark=dark, scale=1.75 if width < 600 else 1) as it:
         for faults in ("words=40, big_event=500", "status=503", "words=90, gap=0.03"):
             await it.send(faults)
             await expect(it.at("status")).not_to_have_attribute(
