@@ -333,8 +333,6 @@ class Pipe:
         """Ends the answer if a deadline has passed; True if a heartbeat should be sent now."""
         now = monotonic() + TIMER_SLACK_S
         clocks = self._clocks
-        if self._scanner is not None and self._scanner.catch_up():
-            self._landmark(now)
         if self._grace is not None and now >= self._grace:
             self._finish(Ending.GRACE)
         elif now >= clocks.total_at:
@@ -382,8 +380,6 @@ class Pipe:
     def told_all(self) -> bool:
         """Has the caller been given a stream to its terminator? SDKs leave then, without waiting for the end
         of the body (openai-python and openai-node, measured)."""
-        if self._scanner is not None and self._scanner.catch_up():
-            self._landmark(monotonic())
         return self._grace is not None and not self._missed and not self._blocked and not self.held()
 
     def verdict_of_told(self) -> Reason:

@@ -75,7 +75,7 @@ Answers = tuple[bool, bool, bool, bool, bool, bool, Usage | None]
 
 
 def _held(scanner: Scanner) -> int:
-    return len(scanner._tail) + sum(map(len, scanner._unread))
+    return len(scanner._tail) + len(scanner._typical)
 
 
 def _scan(kind: type[Scanner], dialect: Dialect, expects: bool, pieces: Iterable[bytes]) -> Answers:
@@ -89,7 +89,6 @@ def _scan(kind: type[Scanner], dialect: Dialect, expects: bool, pieces: Iterable
         assert told or after == before
         assert after >= before
         assert _held(scanner) <= _HELD + len(piece)
-    scanner.catch_up()
     guess = scanner.estimate(3)
     assert guess.completion_tokens >= 0
     return (
