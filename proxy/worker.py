@@ -26,6 +26,9 @@ from proxy.workers import LocalWorker, answer_worker_verb
 #: How often it says that its loop is alive, with its figures: what it had counted when it was killed is then
 #: at most this old.
 _SPEAK_EVERY_S = 1.0
+#: For the supervisor, which says what to do about them: Ctrl-C and a closed terminal reach the whole process
+#: group, `systemctl kill` every process of the unit, and whoever does not handle them ends.
+_SUPERVISORS_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 class WorkerProcess:
@@ -44,8 +47,8 @@ class WorkerProcess:
         channel.closed.add_done_callback(lambda _: self._end(0.0))
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, lambda: self._end(None))
-        # Ctrl-C reaches the whole process group; the supervisor says what to do about it.
-        loop.add_signal_handler(signal.SIGINT, lambda: None)
+        for number in _SUPERVISORS_SIGNALS:
+            loop.add_signal_handler(number, lambda: None)
         first: list[asyncio.Future[Any]] = [self._settings, self._stop]
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if not self._settings.done():

@@ -339,6 +339,43 @@ async def test_a_worker_that_hangs_is_replaced(tmp_path: Path) -> None:
             caller.leave()
 
 
+async def test_signals_to_every_process_are_the_supervisors(tmp_path: Path) -> None:
+    """SIGHUP and SIGUSR2 to all, as `systemctl kill` sends them: a reload and a restart, and the streams of
+    both workers go on to their end."""
+    gate = Gate()
+    script = by_kind(
+        held=plays(HEAD + chunk(event("a")), gate, chunk(event("b")), chunk(DONE) + END), short=SHORT
+    )
+    async with (
+        scripted(script) as upstream,
+        fleet(tmp_path, two(upstream.url)) as running,
+    ):
+        tasks: list[asyncio.Task[Answer]] = []
+        held: list[dict[str, Any]] = []
+        while {worker_of(stream) for stream in held} != set(running.workers()):
+            assert len(tasks) < 100
+            tasks += [asyncio.ensure_future(everything(running.port, asking("held"))) for _ in range(5)]
+            held = await begun(running, len(tasks))
+        family = running.processes()
+        for pid in family:
+            os.kill(pid, signal.SIGHUP)
+        async with asyncio.timeout(10):
+            while not await running.total("headrace_config_reloads_total", 'result="ok"'):
+                await asyncio.sleep(LOOK_EVERY_S)
+        assert (await ask(running.port, asking("short"))).body == BODY
+        assert running.processes() == family
+        for pid in family:
+            os.kill(pid, signal.SIGUSR2)
+        await until(lambda: bool(running.logged("handed_over")), 20)
+        assert (await ask(running.port, asking("short"))).body == BODY
+        gate.open()
+        for answer in await asyncio.gather(*tasks):
+            assert (answer.clean, answer.body) == (True, BODY)
+        assert (
+            await asyncio.wait_for(running.first.process.wait(), 20) == 0
+        )  # its pipes are its heir's as well
+
+
 async def test_workers_end_with_their_supervisor(tmp_path: Path) -> None:
     """Nobody is left behind when the supervisor is killed, not even with a stream running."""
     async with (
