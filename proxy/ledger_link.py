@@ -12,6 +12,7 @@ import asyncio
 from collections import deque
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -74,14 +75,17 @@ class LedgerLink:
         return await asyncio.to_thread(ledger_read.usage_of, self._path, caller, since, pending)
 
     async def close(self, limit_s: float = 5.0) -> None:
-        """Hands over what is left, for at most this long."""
+        """Hands over what is left, for at most this long, and only as long as somebody could take it."""
+        emptied = spawn(self._empty.wait(), "last ledger rows")
+        ends: list[asyncio.Future[Any]] = [emptied, self._channel.closed]
         try:
-            async with asyncio.timeout(limit_s):
-                await self._empty.wait()
-        except TimeoutError:
+            await asyncio.wait(ends, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            emptied.cancel()
+            self._sending.cancel()
+        if self._rows:
             self.dropped += len(self._rows)
             structlog.get_logger().error("ledger_rows_lost", rows=len(self._rows))
-        self._sending.cancel()
 
     async def _send_all(self) -> None:
         back_off_s = _BACK_OFF_S[0]

@@ -362,6 +362,22 @@ async def test_close_does_not_wait_for_ever(tmp_path: Path) -> None:
         far.close()
 
 
+async def test_close_does_not_wait_for_a_supervisor_that_is_gone(tmp_path: Path) -> None:
+    """Gone before, or while it waits: the rows are lost at once, and counted."""
+    async with opened(tmp_path / "l.db") as ledger:
+        for gone_before in (True, False):
+            link, supervisor, far = await linked(tmp_path, ledger)
+            supervisor.willing = False
+            link.add(row())
+            await until(lambda it=supervisor: it.calls > 0)  # type: ignore[misc]
+            closing = None if gone_before else asyncio.ensure_future(link.close(600))
+            await asyncio.sleep(0)
+            far.close()
+            async with asyncio.timeout(10):
+                await (closing or link.close(600))
+            assert (link.pending, link.dropped) == (1, 1)
+
+
 # ── through a running server ─────────────────────────────────────────────────────────────────────────────
 
 
