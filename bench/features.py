@@ -131,6 +131,7 @@ def make_request(core: Core, *fields: tuple[str, str]) -> web.Request:
     ctx.status, ctx.reason, ctx.client_ip = 200, Reason.COMPLETE, "127.0.0.1"
     ctx.queue_s, ctx.sent_at, ctx.first_byte_at, ctx.first_token_at = 0.0, now, now, now
     ctx.usage, ctx.cost_picos = Usage(12, 0, 150, 0, Source.REPORTED), 1_224_000_000
+    ctx.core = core
     request[CONTEXT] = ctx
     return request
 

@@ -54,7 +54,8 @@ async def open_bill(
     then nothing is held."""
     if entry is None or ctx.model is None:
         return Bill(Reservation())
-    await admission.take_model_request(ctx.model, entry)
+    if entry.requests_per_minute is not None:
+        await admission.take_model_request(ctx.model, entry.requests_per_minute)
     held = await admission.reserve_tokens(ctx, plan, (ctx.model, entry), ctx.asked_tokens + output)
     try:
         return Bill(held, await _reserve_dollars(admission, ctx, plan, entry, output))

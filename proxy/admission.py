@@ -99,11 +99,8 @@ class Admission:
 
     # ── what the body asks for ───────────────────────────────────────────────────────────────────────────
 
-    async def take_model_request(self, name: str, model: Model) -> None:
-        """One request of the model's own rate. Raises LimitExceeded."""
-        rate = model.requests_per_minute
-        if rate is None:
-            return
+    async def take_model_request(self, name: str, rate: int) -> None:
+        """One request of the model's own `rate` a minute. Raises LimitExceeded."""
         self._judge(("model",), await self._take([Charge(f"model:{name}", rate, rate)]), LimitExceeded)
 
     async def reserve_tokens(

@@ -17,7 +17,7 @@ from multidict import CIMultiDict
 
 from proxy import answers, headers
 from proxy.attempt import WholeAnswer
-from proxy.context import CORE, Context, Phase
+from proxy.context import Context, Phase
 from proxy.drain_usage import drain_for_usage
 from proxy.errors import (
     HeadraceError,
@@ -294,7 +294,7 @@ class Delivery:
 
     async def _hear_out(self, exchange: Exchange, tap: Tap) -> None:
         """The caller has left."""
-        await drain_for_usage(self._request.app[CORE], self._ctx, exchange, tap, self.total_at)
+        await drain_for_usage(self._ctx.core, self._ctx, exchange, tap, self.total_at)
 
     # ── the end ──────────────────────────────────────────────────────────────────────────────────────────
 

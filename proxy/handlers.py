@@ -34,7 +34,7 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
         raise NotFound
     if endpoint.ours:
         return await _OURS[endpoint.name](request)
-    if request.app[CORE].refusing:
+    if ctx.core.refusing:
         raise Draining
     if endpoint.websocket:
         ctx.goes_out_by(request.transport)

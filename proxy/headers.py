@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -86,6 +86,10 @@ _RESPONSE_DROP = HOP_BY_HOP | {
 }
 
 _UPSTREAM_ID = "x-upstream-request-id"
+_QUOTA = {
+    unit: tuple([f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset")])
+    for unit in ("requests", "tokens")
+}
 _NONE_NAMED: frozenset[bytes] = frozenset()
 #: Ids are unique, not secret: random once a process, then counted (os.urandom costs 7 us a request).
 _MINTED = f"req_{os.urandom(10).hex()}"
@@ -176,17 +180,13 @@ def _tells_no_quota(name: str) -> bool:
     return not name.lower().startswith(("x-ratelimit-", "anthropic-ratelimit-"))
 
 
-def rate_limit(allowance: Mapping[str, Decision]) -> list[tuple[str, str]]:
+def rate_limit(allowance: Mapping[str, Decision]) -> Iterator[tuple[str, str]]:
     """OpenAI's fields for what is left of a caller's plan; `reset` is until the bucket is full again."""
-    return [
-        field
-        for unit, decision in allowance.items()
-        for field in (
-            (f"x-ratelimit-limit-{unit}", str(decision.limit)),
-            (f"x-ratelimit-remaining-{unit}", str(decision.remaining)),
-            (f"x-ratelimit-reset-{unit}", duration(decision.reset_after_s)),
-        )
-    ]
+    for unit, decision in allowance.items():
+        limit, remaining, reset = _QUOTA[unit]
+        yield limit, str(decision.limit)
+        yield remaining, str(decision.remaining)
+        yield reset, duration(decision.reset_after_s)
 
 
 def duration(seconds: float) -> str:

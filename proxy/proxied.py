@@ -10,7 +10,7 @@ from aiohttp import web
 
 from proxy import accounting, browser_api, endpoints, headers, identity, tokens
 from proxy.attempt import Job
-from proxy.context import CONTEXT, CORE, Context, Phase
+from proxy.context import CONTEXT, Context, Phase
 from proxy.core import Core
 from proxy.deliver import Delivery
 from proxy.endpoints import Body, Endpoint, Model
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.StreamResponse:
     """The body, within its limits, then `forward_body`."""
-    core = request.app[CORE]
+    core = ctx.core
     settings = core.config
     if endpoint.body is Body.FORM and not _is_json(request.headers.get("Content-Type", "")):
         return await _proxy_form(request, ctx, endpoint)
@@ -57,7 +57,7 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
 
 async def _proxy_form(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.StreamResponse:
     """A body that is not held: it goes upstream as it comes."""
-    core, fields = request.app[CORE], request.headers
+    core, fields = ctx.core, request.headers
     if ctx.principal is None:  # a page can send forms without asking first, and here nobody asks for a key
         origins = core.config.cors.origins
         browser_api.check_origin(fields.getall("Origin", ()), fields.getall("Host", ()), origins)
@@ -80,7 +80,7 @@ async def forward_body(
 
     reshape: what happens to the answer; None passes it on as it is.
     """
-    core = request.app[CORE]
+    core = ctx.core
     settings = core.config
     ctx.phase = Phase.QUEUE
     name = _model_name(core, endpoint, asked)
@@ -119,7 +119,8 @@ async def forward_body(
 
 async def _ask(request: web.Request, job: Job, groups: Groups, manner: Manner) -> web.StreamResponse:
     """Waits for a place at one of the upstreams, and goes there. Raises NoUpstreamAvailable."""
-    core, ctx = request.app[CORE], request[CONTEXT]
+    ctx = request[CONTEXT]
+    core = ctx.core
     turns = Turns(groups, random.random)
     ranking = turns.ranking()
     if not ranking:
@@ -202,7 +203,8 @@ def _model_name(core: Core, endpoint: Endpoint, asked: Peek) -> str | None:
 
 async def browser_chat(request: web.Request) -> web.StreamResponse:
     """A page's question: from here on a chat request like any other."""
-    core, ctx = request.app[CORE], request[CONTEXT]
+    ctx = request[CONTEXT]
+    core = ctx.core
     settings, endpoint = core.config, ctx.endpoint
     if settings.browser_api is None or endpoint is None:
         raise NotFound

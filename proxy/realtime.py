@@ -24,7 +24,7 @@ from aiohttp import HttpVersion11, WSMsgType, web
 from multidict import CIMultiDict
 
 from proxy import accounting, browser_api, endpoints, handshake, headers, identity, socket_events, tokens
-from proxy.context import CORE, Context, Phase
+from proxy.context import Context, Phase
 from proxy.core import Core
 from proxy.dial import CLOSE_S, Dialer, Line, Opening
 from proxy.endpoints import Endpoint
@@ -61,7 +61,7 @@ _PROTOCOLS = "Sec-WebSocket-Protocol"
 
 async def websocket(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.StreamResponse:
     """A whole session. Raises HeadraceError until the upgrade."""
-    core = request.app[CORE]
+    core = ctx.core
     if not any(entry.websocket for entry in core.config.models.values()):
         raise NotFound
     session = _Session(request, ctx, core)

@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from proxy import handshake, identity
-from proxy.context import CONTEXT, CORE, Context
+from proxy.context import CONTEXT, Context
 from proxy.core import Core
 from proxy.errors import HeadraceError, NotFound
 from proxy.identity import Principal
@@ -26,7 +26,7 @@ _ANONYMOUS = frozenset({"/api/chat", "/api/chat/stream"})
 @web.middleware
 async def auth(request: web.Request, handler: Handler) -> web.StreamResponse:
     ctx = request[CONTEXT]
-    core = request.app[CORE]
+    core = ctx.core
     if ctx.endpoint is None:
         raise NotFound  # before anybody's credential is looked at: there is nothing to protect
     if core.authenticator is not None and ctx.route not in _PUBLIC:
@@ -43,10 +43,11 @@ async def _identify(request: web.Request, ctx: Context, core: Core) -> Principal
         return Principal(name=f"ip:{ctx.client_ip}", key_id="", plan=api.plan)
     fields = request.headers
     try:
-        credential = identity.credential_of(
-            fields.getall("Authorization", []),
-            [*fields.getall("x-api-key", []), *fields.getall("api-key", []), *_subprotocols(request, ctx)],
-        )
+        others = [*fields.getall("x-api-key", ()), *fields.getall("api-key", ())]
+        if ctx.endpoint is not None and ctx.endpoint.websocket:
+            # A page that opens a WebSocket can set no header field of its own.
+            others += handshake.credentials(fields.getall("Sec-WebSocket-Protocol", ()))
+        credential = identity.credential_of(fields.getall("Authorization", ()), others)
         assert core.authenticator is not None
         principal = await core.authenticator.identify(credential, time())
         identity.check_address(principal, ctx.client_ip)
@@ -54,10 +55,3 @@ async def _identify(request: web.Request, ctx: Context, core: Core) -> Principal
         await core.admission.spend_address(ctx.client_ip)
         raise
     return principal
-
-
-def _subprotocols(request: web.Request, ctx: Context) -> list[str]:
-    """The credentials of a page that opens a WebSocket: it can set no header field of its own."""
-    if ctx.endpoint is None or not ctx.endpoint.websocket:
-        return []
-    return handshake.credentials(request.headers.getall("Sec-WebSocket-Protocol", ()))

@@ -19,6 +19,7 @@ from aiohttp_cors import CorsConfig, ResourceOptions
 from aiohttp_cors.abc import AbstractRouterAdapter
 
 from proxy.context import CORE
+from proxy.core import Core
 from proxy.errors import Refused
 from proxy.schema import Cors
 
@@ -48,7 +49,8 @@ Preflight = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class _Adapter(AbstractRouterAdapter):
     """What aiohttp-cors asks about a request: one set of options, the configuration's, for every path."""
 
-    def __init__(self) -> None:
+    def __init__(self, core: Core) -> None:
+        self._core = core
         self._section: Cors | None = None
         self._options: Options = {}
         self.preflight: Preflight | None = None
@@ -68,7 +70,7 @@ class _Adapter(AbstractRouterAdapter):
         )
 
     def is_cors_enabled_on_request(self, request: web.Request) -> bool:
-        return bool(self.options(request))
+        return bool(self.options())
 
     async def get_preflight_request_config(
         self, preflight_request: web.Request, origin: str, requested_method: str
@@ -79,11 +81,11 @@ class _Adapter(AbstractRouterAdapter):
 
     def get_non_preflight_request_config(self, request: web.Request) -> Options:
         # Of two Origin fields the library reads the first: whoever sends two is no browser.
-        return self.options(request) if len(request.headers.getall(hdrs.ORIGIN, ())) == 1 else {}
+        return self.options() if len(request.headers.getall(hdrs.ORIGIN, ())) == 1 else {}
 
-    def options(self, request: web.Request) -> Options:
+    def options(self) -> Options:
         """By origin; made again when a reload has replaced the section."""
-        section = request.app[CORE].config.cors
+        section = self._core.config.cors
         if section is not self._section:
             options = ResourceOptions(  # type: ignore[no-untyped-call] # it has no types
                 allow_credentials=False, expose_headers=EXPOSED, allow_headers="*", max_age=section.max_age
@@ -97,14 +99,14 @@ _ADAPTER: web.AppKey[_Adapter] = web.AppKey("cors", _Adapter)
 
 def attach(app: web.Application, route: web.AbstractRoute) -> None:
     """Makes every answer of the application carry its fields; `route` is the one that takes all paths."""
-    app[_ADAPTER] = adapter = _Adapter()
+    app[_ADAPTER] = adapter = _Adapter(app[CORE])
     app.on_response_prepare.append(_vary)
     CorsConfig(app, router_adapter=adapter).add(route)
 
 
 async def _vary(request: web.Request, response: web.StreamResponse) -> None:
     """A cache must not show one origin's answer to another. The library leaves this to its users."""
-    if not request.app[_ADAPTER].options(request):
+    if not request.app[_ADAPTER].options():
         return
     given = response.headers.getall(hdrs.VARY, [])
     if not any(name.strip().lower() in ("origin", "*") for line in given for name in line.split(",")):
@@ -115,7 +117,7 @@ async def _vary(request: web.Request, response: web.StreamResponse) -> None:
 async def cors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answers preflights: before anybody asks for a key, and nothing of them goes upstream."""
     adapter = request.app[_ADAPTER]
-    if not adapter.is_preflight_request(request) or not adapter.options(request):
+    if not adapter.is_preflight_request(request) or not adapter.options():
         return await handler(request)
     assert adapter.preflight is not None
     try:

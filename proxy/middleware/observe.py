@@ -13,7 +13,7 @@ from aiohttp.typedefs import Handler
 
 from proxy import headers
 from proxy.accounting import row_of
-from proxy.context import CONTEXT, CORE, Context
+from proxy.context import CONTEXT, Context
 from proxy.core import Core
 from proxy.errors import Reason
 from proxy.log import RequestLine, timestamp
@@ -27,7 +27,7 @@ _CLIENT_CLOSED = 499
 @web.middleware
 async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     ctx = request[CONTEXT]
-    core = request.app[CORE]
+    core = ctx.core
     core.metrics.requests_in_flight.add((ctx.route,), 1)
     core.running.add(ctx)
     try:
@@ -62,20 +62,20 @@ def _settle(core: Core, ctx: Context, request: web.Request) -> None:
 
 
 def _count(core: Core, ctx: Context, reason: Reason, ended_at: float) -> None:
-    metrics = core.metrics
+    metrics, started_at = core.metrics, ctx.started_at
     upstream = ctx.upstream or "none"
     model = ctx.model or "none"
     metrics.requests.add((ctx.route, model, upstream, str(ctx.status), reason.value))
-    metrics.request_duration.observe((ctx.route, upstream), ended_at - ctx.started_at)
+    metrics.request_duration.observe((ctx.route, upstream), ended_at - started_at)
     metrics.response_bytes.add((), ctx.bytes_out)
     if ctx.sent_at is not None:
-        metrics.overhead.observe((), ctx.sent_at - ctx.started_at - (ctx.queue_s or 0.0))
+        metrics.overhead.observe((), ctx.sent_at - started_at - (ctx.queue_s or 0.0))
     if ctx.first_byte_at is not None:
-        metrics.time_to_first_byte.observe((upstream,), ctx.first_byte_at - ctx.started_at)
+        metrics.time_to_first_byte.observe((upstream,), ctx.first_byte_at - started_at)
     if ctx.first_token_at is not None:
-        metrics.time_to_first_token.observe((model, upstream), ctx.first_token_at - ctx.started_at)
+        metrics.time_to_first_token.observe((model, upstream), ctx.first_token_at - started_at)
     if ctx.reached_upstream:
-        _enter(core, ctx, reason, ended_at - ctx.started_at)
+        _enter(core, ctx, reason, ended_at - started_at)
 
 
 def _enter(core: Core, ctx: Context, reason: Reason, duration_s: float) -> None:

@@ -18,7 +18,7 @@ async def request_id(request: web.Request, handler: Handler) -> web.StreamRespon
     chosen = headers.request_id(request.headers.get("x-request-id"))
     path = request.raw_path.partition("?")[0]
     ctx = Context(chosen, endpoints.match(request.method, path), path, now)
-    core = request.app[CORE]
+    ctx.core = core = request.app[CORE]
     ctx.client_ip = headers.client_ip(
         request.remote or None, request.headers.getall("x-forwarded-for", ()), core.config.trusted_networks
     )

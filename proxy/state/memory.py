@@ -104,10 +104,13 @@ class MemoryState(Counters):
         try:
             self._lock(places)
             for place, charge in zip(places, charges, strict=True):
-                tat = bucket.settle(
-                    self._tat(place), charge.rate_per_minute, charge.burst, charge.amount, now
-                )
-                self._write_tats({place: tat}, now)
+                value = self._buckets.find(place)
+                before = self._words[value] if value >= 0 else 0
+                tat = bucket.settle(before, charge.rate_per_minute, charge.burst, charge.amount, now)
+                if value >= 0:
+                    self._words[value] = tat
+                else:
+                    self._write_tats({place: tat}, now)
         finally:
             self._release()
 
@@ -189,13 +192,28 @@ class MemoryState(Counters):
         try:
             self._lock(places)
             wanted: dict[Place, int] = {}
+            cells = []
             for place, slot in zip(places, slots, strict=True):
-                wanted[place] = wanted.get(place, 0) + 1
-                if self._taken(place) + wanted[place] > slot.limit:
+                cells.append(value := self._slots.find(place))
+                wanted[place] = count = wanted[place] + 1 if place in wanted else 1
+                if (self._count(value) if value >= 0 else 0) + count > slot.limit:
                     return None
-            return self._enter(tuple([slot.name for slot in slots]), wanted)
+            names = tuple([slot.name for slot in slots])
+            if min(cells) >= 0 and len(wanted) == len(cells):  # nearly always
+                return self._enter_cells(names, cells)
+            return self._enter(names, wanted)
         finally:
             self._release()
+
+    def _enter_cells(self, names: tuple[str, ...], cells: list[int]) -> Held:
+        """One place in each; all of these names have a cell."""
+        words, epoch = self._words, self._words[self._row + EPOCH]
+        owner = self._owner
+        mine = [value + owner for value in cells]
+        for at in mine:
+            word = words[at]
+            words[at] = (word if word >> _COUNT_BITS == epoch else epoch << _COUNT_BITS) + 1
+        return Held(names, mine, epoch)
 
     def _enter(self, names: tuple[str, ...], wanted: dict[Place, int]) -> Held:
         """As in `_write_tats`, names that have a cell go first."""
@@ -229,6 +247,9 @@ class MemoryState(Counters):
     def _count(self, value: int) -> int:
         """The places of a cell that living owners hold; a word of an earlier epoch is nobody's."""
         words, row, count = self._words, OWNERS + EPOCH, 0
+        if words[SEEN] == 1:
+            word = words[value]
+            return word & _COUNT if word >> _COUNT_BITS == words[row] else 0
         for at in range(value, value + words[SEEN]):
             word = words[at]
             if word and word >> _COUNT_BITS == words[row]:
