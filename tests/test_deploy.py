@@ -310,6 +310,14 @@ def test_the_image_is_small_and_nobodys() -> None:
     assert "*" in ignored
 
 
+def test_the_image_installs_from_the_lock() -> None:
+    """With hashes, and nothing else: no dependency that is not locked, no tool to build with."""
+    installs = [each.rest for each in instructions() if each.name == "RUN" and "pip install" in each.rest]
+    assert len(installs) == 2
+    assert installs[0].endswith(" --require-hashes -r requirements.lock")
+    assert installs[1].endswith(" --no-deps --no-build-isolation .")
+
+
 # ── compose ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
