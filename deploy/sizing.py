@@ -1,6 +1,6 @@
 """How much a core carries, from measured figures: the table in docs/scale.md, and an answer for another load.
 
-python -m deploy.sizing     writes the table from bench/results/latest.json
+python -m deploy.sizing     writes the table from bench/results/baseline.json
 python -m deploy.sizing --streams 5000 --chunks 30 --requests 50     says how many cores and how much memory
 """
 
@@ -11,11 +11,12 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 _ROOT = Path(__file__).resolve().parents[1]
 PAGE = _ROOT / "docs" / "scale.md"
-RESULTS = _ROOT / "bench" / "results" / "latest.json"
+#: The committed run; latest.json may be anybody's, and of a part.
+RESULTS = _ROOT / "bench" / "results" / "baseline.json"
 #: With keys, limits and the ledger, as it is run.
 _PEER = "headrace-full"
 #: Of a core: above that waiting grows faster than load (a queue that is 70 % busy waits 2.3 services).
@@ -24,6 +25,8 @@ _MARKS = ("<!-- sizing -->\n", "<!-- /sizing -->\n")
 _NONE = "No figures yet: `make bench` measures them, `python -m deploy.sizing` puts them here.\n"
 #: Chunks a second of a stream: a slow model, a usual one, a fast one.
 _PACES = (20, 50, 100)
+#: In the order of Costs.
+_FIGURES = ("chunk_400_us", "request_us", "stream_kib", "idle_mib")
 
 
 class Costs(NamedTuple):
@@ -44,12 +47,15 @@ class Load(NamedTuple):
     requests: float
 
 
-def read(document: dict[str, Any]) -> Costs:
-    """Raises KeyError if a figure is not there."""
-    figures = document["peers"][_PEER]["figures"]
-    chunk, request, stream, idle = (
-        float(figures[name]["median"]) for name in ("chunk_400_us", "request_us", "stream_kib", "idle_mib")
-    )
+def read(results: Path) -> Costs | None:
+    """None if there is no such file, or if it is of a run that measured only a part."""
+    if not results.exists():
+        return None
+    document = json.loads(results.read_text())
+    figures = document["peers"].get(_PEER, {}).get("figures", {})
+    if not all(name in figures for name in _FIGURES):
+        return None
+    chunk, request, stream, idle = (float(figures[name]["median"]) for name in _FIGURES)
     machine = document["machine"]
     source = (
         f"{document['when'][:10]}, {machine['cpu']}, Python {machine['python']}, {document['rounds']} rounds"
@@ -88,16 +94,17 @@ def table(costs: Costs) -> str:
         f"Short requests: {short:,.0f} a second and core. From {costs.chunk_us:.1f} µs of CPU a chunk, "
         f"{costs.request_us:.0f} µs a request, {costs.stream_kib:.1f} KiB a stream and "
         f"{costs.idle_mib:.0f} MiB a process, at {BUSY:.0%} of a core "
-        f"({costs.source}; `bench/results/latest.json`).",
+        f"({costs.source}; `bench/results/baseline.json`).",
         "",
     ]
     return "\n".join(lines)
 
 
 def page(text: str, results: Path = RESULTS) -> str:
-    """The page with the table of these results."""
+    """The page with the table of these results, or without one until there are any."""
     begin, end = (text.index(mark) for mark in _MARKS)
-    inner = table(read(json.loads(results.read_text()))) if results.exists() else _NONE
+    costs = read(results)
+    inner = _NONE if costs is None else table(costs)
     return text[: begin + len(_MARKS[0])] + inner + text[end:]
 
 
@@ -112,10 +119,10 @@ def main() -> int:
     if arguments.streams is None:
         PAGE.write_text(page(PAGE.read_text()))
         return 0
-    if not RESULTS.exists():
-        sys.stderr.write("no figures yet: make bench\n")
+    costs = read(RESULTS)
+    if costs is None:
+        sys.stderr.write(f"no figures yet: make bench, and copy its latest.json to {RESULTS.name}\n")
         return 1
-    costs = read(json.loads(RESULTS.read_text()))
     load = Load(arguments.streams, arguments.chunks, arguments.requests)
     sys.stdout.write(f"cores {cores(costs, load):.1f}, memory {memory_mib(costs, load):,.0f} MiB\n")
     return 0

@@ -514,20 +514,29 @@ def test_sizing_is_arithmetic() -> None:
 
 
 def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
-    """The table in the middle comes from the file, the rest stays."""
+    """The table in the middle comes from the file, the rest stays; a run of a part makes none."""
     names = ("chunk_400_us", "request_us", "stream_kib", "idle_mib")
     figures = {name: {"median": value} for name, value in zip(names, COSTS[:4], strict=True)}
     machine = {"cpu": "a processor", "python": "3.13"}
     document = {"when": "2026-11-21T00:00:00", "machine": machine, "rounds": 3}
-    results = tmp_path / "latest.json"
-    results.write_text(json.dumps({**document, "peers": {"headrace-full": {"figures": figures}}}))
-    before = sizing.PAGE.read_text()
-    made = sizing.page(before, results)
-    assert "| 50 | 1,400 | 105 MiB |" in made
-    assert "1,400 a second and core" in made
-    assert sizing.page(made, tmp_path / "none") == sizing.page(before, tmp_path / "none")
+    results = tmp_path / "baseline.json"
+
+    def made(peers: dict[str, Any]) -> str:
+        results.write_text(json.dumps({**document, "peers": peers}))
+        return sizing.page(sizing.PAGE.read_text(), results)
+
+    whole = made({"headrace-full": {"figures": figures}})
+    assert "| 50 | 1,400 | 105 MiB |" in whole
+    assert "1,400 a second and core" in whole
+    none = sizing.page(whole, tmp_path / "none")
+    assert "No figures yet" in none
+    assert none == sizing.page(sizing.PAGE.read_text(), tmp_path / "none")
+    for missing in names:
+        part = {name: figure for name, figure in figures.items() if name != missing}
+        assert made({"headrace-full": {"figures": part}}) == none
+    assert made({"nginx": {"figures": figures}}) == none
 
 
 def test_the_page_is_up_to_date() -> None:
-    """After new results: `python -m deploy.sizing`."""
+    """After a new baseline: `python -m deploy.sizing`; without one the page says that there are none."""
     assert sizing.page(sizing.PAGE.read_text()) == sizing.PAGE.read_text()
