@@ -216,7 +216,13 @@ def is_encoded(fields: RawHeaders) -> bool:
 
 
 def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "surrogateescape")
+    """What is UTF-8 crosses byte by byte. What is not is read as ISO-8859-1, which it once was by definition
+    (RFC 9110 5.5), and goes out as the UTF-8 of that: aiohttp's writer (_http_writer.pyx, _write_utf8) takes
+    text only, writes UTF-8 only, and leaves a surrogate out without a word."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def client_ip(peer: str | None, forwarded_for: Sequence[str], trusted: Networks) -> str:

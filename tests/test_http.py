@@ -727,6 +727,7 @@ RESPONSE = [
     "Content-Type: application/json",
     "X-Custom: kept",
     "X-Custom: twice",
+    "X-Text: caf\u00e9",
     "openai-processing-ms: 12",
     "openai-version: 2020-10-01",
     "x-ratelimit-remaining-requests: 9",
@@ -757,7 +758,8 @@ async def test_answers_cross(push: bool, status: int) -> None:
 
     async def script(call: Call) -> None:
         fields = "\r\n".join([*RESPONSE, *RESPONSE_GONE, f"Content-Length: {len(body)}"])
-        await call.send(f"HTTP/1.1 {status} Odd Reason\r\n{fields}\r\n\r\n".encode() + body)
+        head = f"HTTP/1.1 {status} Odd Reason\r\n{fields}\r\n".encode()
+        await call.send(head + b"X-Old-Text: caf\xe9\r\n\r\n" + body)
 
     async with scripted(script) as upstream, running(settings_for(upstream.url), push=push) as headrace:
         async with await Caller.connect(headrace.port) as caller:
@@ -772,6 +774,7 @@ async def test_answers_cross(push: bool, status: int) -> None:
     lowered = head.lower()
     for kept in RESPONSE[1:-1]:
         assert f"\r\n{kept.lower()}\r\n" in lowered
+    assert "\r\nx-old-text: caf\u00e9\r\n" in lowered  # not a byte is lost of what is not UTF-8
     assert lowered.count("\r\nx-request-id: ") == lowered.count("\r\nrequest-id: ") == 1
     assert "\r\nx-upstream-request-id: upstream-id\r\n" in lowered
     assert "\r\nx-headrace-upstream: up\r\n" in lowered
