@@ -292,7 +292,7 @@ async def price_of_verification(settings: config.Config) -> Price:
     core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]
     ctx = make_request(core)[CONTEXT]
     way = _Nowhere()
-    parts: Any = (ctx, SimpleNamespace(transport=way), way, way, None, Clocks(1.0, 1.0, 1.0, 1.0))
+    parts: Any = (ctx, SimpleNamespace(transport=way), way, way, None, Clocks(1.0, 1.0, 1.0, 1.0, [0.0] * 22))
     plain, verified = Pipe(*parts), VerifiedPipe(core.metrics, *parts)
 
     def run(make: Callable[[], Pipe], reads: int) -> float:

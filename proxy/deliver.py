@@ -168,6 +168,7 @@ class Delivery:
             fields.update(_STREAM_HEADERS | {"Content-Type": content_type or fields["Content-Type"]})
             response = web.StreamResponse(status=exchange.status, reason=exchange.reason, headers=fields)
             await self._prepare(response)
+            response.headers.clear()  # 3 KiB for as long as the stream lives, and sent
             self._response = response
 
     async def _wrapped(self, exchange: Exchange) -> web.StreamResponse:
@@ -265,7 +266,9 @@ class Delivery:
         assert response is not None
         writer = await response.prepare(self._request)
         assert writer is not None
-        clocks = Clocks(self._idle_s, self.total_at, self._streams.heartbeat, self._write_s)
+        inter_chunk = self._metrics.inter_chunk
+        gaps = inter_chunk.row((self._upstream.name,)) if self._ctx.streaming else inter_chunk.new_row()
+        clocks = Clocks(self._idle_s, self.total_at, self._streams.heartbeat, self._write_s, gaps)
         parts = (self._ctx, self._request, response, writer, tap.scanner, clocks)
         transform = None
         if self.reshape is not None and tap.scanner is not None:
@@ -287,8 +290,6 @@ class Delivery:
                 await pipe.deliver(first)
             await pipe.run(exchange)
         finally:
-            if self._ctx.streaming:
-                self._metrics.inter_chunk.merge((self._upstream.name,), pipe.gaps, pipe.gaps_s)
             if pipe.heartbeats:
                 self._metrics.heartbeats.add((), pipe.heartbeats)
 

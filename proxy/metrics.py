@@ -101,26 +101,25 @@ class Histogram:
         self.values: dict[Labels, list[float]] = {}
 
     def observe(self, labels: Labels, value: float) -> None:
-        row = self._row(labels)
+        row = self.row(labels)
         row[bisect_left(self.buckets, value)] += 1
         row[-1] += value
 
-    def merge(self, labels: Labels, counts: Sequence[float], total: float) -> None:
-        """Adds what a stream counted by itself: one call at its end instead of one per chunk."""
-        row = self._row(labels)
-        for at, count in enumerate(counts):
-            row[at] += count
-        row[-1] += total
-
     def absorb(self, labels: Labels, value: float | list[float]) -> None:
         assert isinstance(value, list)
-        self.merge(labels, value[:-1], value[-1])
+        row = self.row(labels)
+        for at, count in enumerate(value):
+            row[at] += count
 
-    def _row(self, labels: Labels) -> list[float]:
+    def row(self, labels: Labels) -> list[float]:
+        """Counts and sum, for who counts by himself."""
         row = self.values.get(labels)
         if row is None:
-            row = self.values[labels] = [0] * (len(self.buckets) + 2)
+            row = self.values[labels] = self.new_row()
         return row
+
+    def new_row(self) -> list[float]:
+        return [0] * (len(self.buckets) + 2)
 
     def family(self) -> Metric:
         family = HistogramMetricFamily(self.name, self.help, labels=self.labels)
