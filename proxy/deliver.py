@@ -245,6 +245,7 @@ class Delivery:
     async def _pipe(self, exchange: Exchange, tap: Tap, first: bytes = b"") -> web.StreamResponse:
         ctx = self._ctx
         self._pipe_now = pipe = await self._pipe_for(exchange, tap)
+        exchange.fields = ()  # read, and a KiB for as long as the stream lives
         ctx.committed = True
         try:
             await self._run(pipe, exchange, first)

@@ -258,15 +258,16 @@ class WireExchange:
         protocol.used = True
         protocol.begin(self)
         self._sent_at = monotonic()
-        body = self._body
+        head, body = self._head, self._body
+        self._head = self._body = b""
         if not isinstance(body, bytes):
-            protocol.transport.write(self._head)
+            protocol.transport.write(head)
             self._sender = Sender(body, self)
             self._sender.start(protocol.transport, protocol._drain_helper)
         elif len(body) <= _JOIN_LIMIT:
-            protocol.transport.write(self._head + body)
+            protocol.transport.write(head + body)
         else:
-            protocol.transport.write(self._head)
+            protocol.transport.write(head)
             protocol.transport.write(body)
 
     @property

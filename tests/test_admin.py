@@ -35,6 +35,7 @@ METRICS = {
     "headrace_request_duration_seconds": ("histogram", {"route", "upstream"}),
     "headrace_time_to_first_byte_seconds": ("histogram", {"upstream"}),
     "headrace_time_to_first_token_seconds": ("histogram", {"model", "upstream"}),
+    "headrace_transparency_mismatch": ("counter", set()),
     "headrace_inter_chunk_seconds": ("histogram", {"upstream"}),
     "headrace_overhead_seconds": ("histogram", set()),
     "headrace_response_bytes": ("counter", set()),
