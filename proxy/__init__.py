@@ -148,6 +148,8 @@ beside
     client_exchange  one request: its attempts, and its answer
     client_stream  an answer for who reads it
     client      the client for Python programs
+
+Not in Python: `static/`, the pages (playground, live view) and the browser client.
 """
 
 __version__ = "0.1.0"
