@@ -121,7 +121,7 @@ class Scanner:
         "_skips",
         "_tail",
         "_terminator",
-        "_typical",
+        "_text_share",
         "first_token",
         "terminated",
     )
@@ -141,8 +141,8 @@ class Scanner:
         self._failed = False
         self._calm = False  # true between the first token and the announcement of the terminator
         self._skips = False  # it is, and the stream is at an event boundary
-        self._typical = b""  # the last read that was skipped
-        self._skipped = 0  # bytes of all of them
+        self._skipped = 0  # bytes of reads that were
+        self._text_share = 0.0  # how much of such a read is text
         self._events = 0
         self._head = self._foot = _NEVER  # of an event of plain content: what is around its text
         self._head_size = self._foot_size = 0
@@ -181,11 +181,15 @@ class Scanner:
     def _skip(self, data: bytes) -> None:
         """Plain content; if it is one event, the next may be like it."""
         events = data.count(b"data:")
-        self._typical = data
         self._skipped += len(data)
         self._events += events
-        text = _TEXT.search(data) if events == 1 else None
-        if text is not None:
+        if events != 1 and self._text_share:
+            return
+        text = _TEXT.search(data)
+        if text is None:
+            return
+        self._text_share = len(text[1]) * events / len(data)
+        if events == 1:
             self._head, self._foot = data[: text.start(1)], data[text.end(1) :]
             self._head_size, self._foot_size = len(self._head), len(self._foot)
 
@@ -320,27 +324,21 @@ class Scanner:
     def estimate(self, prompt_tokens: int) -> Usage:
         """Flagged: for a stream that ended without a report. `prompt_tokens` is the estimate of its request.
 
-        The tail stands for what it is the end of, the last read that was skipped for all of them. An event is
+        The tail stands for what it is the end of, one read that was skipped for all of them. An event is
         one token with most servers and many with others: so many as there are lines of data, or a quarter of
         the bytes of the texts if that is more.
         """
         report = self._latest()
-        tail, typical = self._tail, self._typical
+        tail = self._tail
         if not self.first_token:
             return estimate(report, prompt_tokens, 0)
         share = (self._gone + len(tail)) / len(tail)
         events = self._events + tail.count(b"data:") * share
-        texts = _text_bytes(tail) * share
-        if typical:
-            texts += _text_bytes(typical) * self._skipped / len(typical)
+        texts = sum(map(len, _TEXT.findall(tail))) * share + self._skipped * self._text_share
         return estimate(report, prompt_tokens, math.ceil(max(events, texts / 4)))
 
     def _latest(self) -> Report | None:
         return latest(self._dialect, self._tail, self._report)
-
-
-def _text_bytes(data: bytes | bytearray) -> int:
-    return sum(map(len, _TEXT.findall(data)))
 
 
 class BlindScanner(Scanner):

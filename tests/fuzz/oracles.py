@@ -75,7 +75,7 @@ Answers = tuple[bool, bool, bool, bool, bool, bool, Usage | None]
 
 
 def _held(scanner: Scanner) -> int:
-    return len(scanner._tail) + len(scanner._typical)
+    return len(scanner._tail) + len(scanner._head) + len(scanner._foot)
 
 
 def _scan(kind: type[Scanner], dialect: Dialect, expects: bool, pieces: Iterable[bytes]) -> Answers:
