@@ -515,8 +515,9 @@ def test_sizing_is_arithmetic() -> None:
 
 def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
     """The table in the middle comes from the file, the rest stays; a run of a part makes none."""
-    names = ("chunk_400_us", "request_us", "stream_kib", "idle_mib")
-    figures = {name: {"median": value} for name, value in zip(names, COSTS[:4], strict=True)}
+    first_bytes = {"ttfb_p50_us": 700, "ttfb_p99_us": 1400, "ttfb_500_p99_us": 3100}
+    costs = dict(zip(("chunk_400_us", "request_us", "stream_kib", "idle_mib"), COSTS[:4], strict=True))
+    figures = {name: {"median": value} for name, value in {**costs, **first_bytes}.items()}
     machine = {"cpu": "a processor", "python": "3.13"}
     document = {"when": "2026-11-21T00:00:00", "machine": machine, "rounds": 3}
     results = tmp_path / "baseline.json"
@@ -528,10 +529,12 @@ def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
     whole = made({"headrace-full": {"figures": figures}})
     assert "| 50 | 1,400 | 105 MiB |" in whole
     assert "1,400 a second and core" in whole
+    assert "| 500 and more streams at once | 3.1 ms to the first byte at 500 (p99) |" in whole
+    assert "116 a second: 0.1% of a core" in whole
     none = sizing.page(whole, tmp_path / "none")
     assert "No figures yet" in none
     assert none == sizing.page(sizing.PAGE.read_text(), tmp_path / "none")
-    for missing in names:
+    for missing in figures:
         part = {name: figure for name, figure in figures.items() if name != missing}
         assert made({"headrace-full": {"figures": part}}) == none
     assert made({"nginx": {"figures": figures}}) == none
