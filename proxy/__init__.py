@@ -71,6 +71,7 @@ data path
     seat        the shared slots of one request, over failovers and hedges
     admission   what a caller may use: rates, tokens, dollars, slots
     accounting  what a request reserves because of its cost, and its one settlement
+    turnstile   how many requests may begin in one turn of the event loop
     core        what all requests of a process share
     intake      the body: whole, bounded, timed
     uploads     the body of an upload: no faster than the upstream takes it
