@@ -7,12 +7,16 @@ retry needs it again. Bounded three ways: per body, over all bodies, in time.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Generator
+from typing import TypeVar
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestPayloadError
 
 from proxy.core import Bodies
 from proxy.errors import Refused
+
+_Result = TypeVar("_Result")
 
 
 class HeldBody:
@@ -60,6 +64,21 @@ class HeldBody:
             raise Refused(408) from None
         except RequestPayloadError:
             raise Refused(400) from None
+
+
+async def in_turns(steps: Generator[None, None, _Result]) -> _Result:
+    """Work on a large body, one step in a turn of the event loop: running streams come between them.
+
+    Not in a thread: the decoder and the regex engine keep the interpreter's lock, and a loop that wants it
+    back from a thread waits up to 5 ms each time (sys.getswitchinterval).
+    """
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: _Result = end.value
+            return result
+        await asyncio.sleep(0)
 
 
 async def no_expectation(request: web.Request) -> None:

@@ -23,8 +23,8 @@ from proxy.errors import (
     Refused,
 )
 from proxy.forward import Forwarding, nobody_available
-from proxy.intake import HeldBody
-from proxy.peek import Peek, peek
+from proxy.intake import HeldBody, in_turns
+from proxy.peek import STEP_BYTES, Peek, peek, peeking
 from proxy.reshape import Reshape, with_usage
 from proxy.routing import Turns
 from proxy.seat import Manner
@@ -50,7 +50,7 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
     try:
         body = await held.read(request, settings.timeouts.body)
         ctx.bytes_in = len(body)
-        return await forward_body(request, ctx, endpoint, body, _read_fields(endpoint, body))
+        return await forward_body(request, ctx, endpoint, body, await _read_fields(endpoint, body))
     finally:
         held.release()
 
@@ -182,10 +182,10 @@ def _is_json(content_type: str) -> bool:
     return media_type.strip() == "application/json" and charset in ("", "utf-8", "utf8")
 
 
-def _read_fields(endpoint: Endpoint, body: bytes) -> Peek:
+async def _read_fields(endpoint: Endpoint, body: bytes) -> Peek:
     if not body and endpoint.model is Model.NONE:
         return Peek()
-    return peek(body)
+    return peek(body) if len(body) <= STEP_BYTES else await in_turns(peeking(body))
 
 
 def _model_name(core: Core, endpoint: Endpoint, asked: Peek) -> str | None:

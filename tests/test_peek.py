@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.peek import Peek, peek, with_model
+from proxy.peek import Peek, peek, peeking, with_model
 
 FIELDS = tuple(Peek.__struct_fields__)
 JSON: st.SearchStrategy[Any] = st.recursive(
@@ -25,10 +25,32 @@ KEYS = st.one_of(
 )
 
 
+def look(body: bytes) -> Peek:
+    """What `peek` says; a large body, looked at in steps, is told the same."""
+    try:
+        found = peek(body)
+    except BadRequest:
+        with pytest.raises(BadRequest):
+            in_steps(body)
+        raise
+    assert in_steps(body) == found
+    return found
+
+
+def in_steps(body: bytes, step_bytes: int = 7) -> Peek:
+    steps = peeking(body, step_bytes)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: Peek = end.value
+            return found
+
+
 def attempt(body: bytes) -> Peek | BadRequest:
     """Either is an answer; anything else fails the test."""
     try:
-        return peek(body)
+        return look(body)
     except BadRequest as error:
         return error
 
@@ -67,7 +89,7 @@ def test_any_text(text: str) -> None:
 def test_not_an_object(value: Any) -> None:
     """A body that is no object is refused."""
     with pytest.raises(BadRequest) as raised:
-        peek(json.dumps(value).encode())
+        look(json.dumps(value).encode())
     assert raised.value.code == "invalid_json"
 
 
@@ -110,7 +132,7 @@ def test_every_duplicate_is_found(name: str, spelling: str) -> None:
         f'{{{second}{value},"messages":[{{"role":"user","content":"\\"{name}\\":"}}],"{name}":{value}}}',
     ):
         with pytest.raises(BadRequest) as raised:
-            peek(body.encode())
+            look(body.encode())
         assert (raised.value.code, raised.value.param) == ("duplicate_key", name)
 
 
@@ -126,13 +148,13 @@ def test_every_duplicate_is_found(name: str, spelling: str) -> None:
 )
 def test_no_false_alarm(body: str) -> None:
     """Keys of inner objects, text that looks like keys, and keys that route nothing may repeat."""
-    assert peek(body.encode()).model == "m"
+    assert look(body.encode()).model == "m"
 
 
 @pytest.mark.parametrize("digits", [4299, 4300])
 def test_long_numbers_that_are_still_read(digits: int) -> None:
     """Python's own limit is 4300 digits."""
-    assert peek(b'{"model":"m","seed":' + b"9" * digits + b"}").model == "m"
+    assert look(b'{"model":"m","seed":' + b"9" * digits + b"}").model == "m"
 
 
 @pytest.mark.parametrize("digits", [4301, 5000, 100_000])
@@ -140,12 +162,63 @@ def test_long_numbers_that_are_still_read(digits: int) -> None:
 def test_too_long_numbers(digits: int, pad: int) -> None:
     """Wherever it stands, a number that Python refuses is refused."""
     with pytest.raises(BadRequest):
-        peek(b'{"model":"m","pad":"' + b"p" * pad + b'","seed":' + b"9" * digits + b"}")
+        look(b'{"model":"m","pad":"' + b"p" * pad + b'","seed":' + b"9" * digits + b"}")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        "-{0}",
+        "0.{0}",
+        "{0}.5",
+        "{0}e1",
+        "1e{0}",
+        "1E-{0}",
+        "[1,{0}]",
+        "-0.{0}",
+        '"{0}"',
+        '"a\\"{0}"',
+        "1{0}E+1",
+    ],
+)
+def test_forms_of_long_numbers(number: str) -> None:
+    """Only integers have a longest size; in steps it is the same."""
+    body = '{"model":"m","x":' + number.format("9" * 5000) + "}"
+    refused = number in ("-{0}", "[1,{0}]")
+    found = attempt(body.encode())
+    assert isinstance(found, BadRequest) == refused
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"a":12,"a":1,"n":1,"n":1}',
+        '{"a":[{"n":2},"}"],"a":1, "n":1 ,"n":2}',
+        '{"n":1,"a":"x\\"}","a":"y","\\u006e":1}',
+        '{"a":{"b":{}},"a":{"b":{ }},"n":1,"n":1}',
+        '{"n":1,"n":12}',
+    ],
+)
+def test_a_duplicate_behind_other_duplicates(body: str) -> None:
+    """Of a name that routes nothing the first value is stepped over as well as the last."""
+    for step_bytes in (1, 100):
+        with pytest.raises(BadRequest) as raised:
+            in_steps(body.encode(), step_bytes)
+        assert raised.value.code == "duplicate_key"
+        assert raised.value.param == "n"
+
+
+def test_a_large_body_is_looked_at_in_steps() -> None:
+    """2 MB, of which the decoder alone takes a part at once: nobody waits for the rest."""
+    body = json.dumps(
+        {"model": "m", "messages": [{"content": "Grüße\n" * 300_000}]}, ensure_ascii=False
+    ).encode()
+    assert sum(1 for _ in peeking(body)) > len(body) // 2**18
 
 
 def test_digits_in_text_are_no_number() -> None:
     """A long run of digits inside a string is content."""
-    assert peek(b'{"model":"m","user":"' + b"9" * 10_000 + b'"}').model == "m"
+    assert look(b'{"model":"m","user":"' + b"9" * 10_000 + b'"}').model == "m"
 
 
 @given(
