@@ -63,6 +63,7 @@ class Forwarding:
         self._lost: tuple[UpstreamFailed, Target] | None = None  # the last failure
         self._stale = False  # this request has already been repeated because of a stale connection
         self._reached = False
+        self._may_have_reached = 0  # attempts of the public way that are under way: it cannot tell
         self._server_errors = 0
         self._beat_at = math.inf
         self._total_at = 0.0
@@ -221,7 +222,9 @@ class Forwarding:
         self._lost = error, attempt.target
         reached = not isinstance(error, UpstreamConnectFailed)
         self._account.give_back(reached=reached)
-        self._reached = self._ctx.reached_upstream = self._reached or reached
+        self._may_have_reached -= not attempt.exchange.pushes
+        self._reached = self._reached or reached
+        self._ctx.reached_upstream = self._reached or self._may_have_reached > 0  # the other of two that race
         now, attempts = monotonic(), self._ctx.attempts
         failure = attempt.failure(job, error, stale_before=self._stale)
         verdict = retry.may_retry(failure, attempts, self._policy)
@@ -248,7 +251,8 @@ class Forwarding:
             raise UpstreamDeadline from None
         except Exception as error:
             raise translate(error) from error
-        self._reached = self._reached or exchange.pushes  # the public way cannot tell
+        self._reached = self._reached or exchange.pushes
+        self._may_have_reached += not exchange.pushes
         self._ctx.reached_upstream = True
         self._ctx.sent_at = self._ctx.sent_at or monotonic()  # what came before is our own doing
 

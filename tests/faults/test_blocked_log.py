@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.kit.callers import Caller, ask, chat
 from tests.kit.fleet import samples, summed, write
-from tests.kit.headrace import command, settings_for
+from tests.kit.headrace import command, settings_for, until
 from tests.kit.invariant import rows_are_right, told_once
 from tests.kit.ledger import written
 
@@ -38,7 +38,7 @@ async def test_a_stream_does_not_wait_for_the_log(tmp_path: Path) -> None:
                 await caller.piece(answer)
                 for _ in range(COUNT):
                     assert (await ask(port, chat("Connection: close", stream=False))).status == 200
-                assert _waiting(reads) > PIPE_BYTES / 2
+                await until(lambda: _waiting(reads) > PIPE_BYTES / 2)  # written a moment later, by a thread
                 for _ in range(20):
                     await caller.piece(answer)
                 caller.leave()
