@@ -30,6 +30,8 @@ import yaml
 from bench import disturb, machine, report, targets
 from bench.load import Load, build_request, spread
 
+Figures = dict[str, Any]
+
 RESULT = report.RESULTS / "head_of_line.json"
 QUIET = "quiet"
 #: Milliseconds between two chunks of a stream: 42 a second, as in the bench's main figure.
@@ -168,9 +170,6 @@ def measure(target: targets.Target, streams: int, seconds: float, kind: str, sec
     return found
 
 
-Figures = dict[str, Any]
-
-
 def _secret(target: targets.Target) -> str:
     return target.headers[0].rpartition(" ")[2] if target.headers else ""
 
@@ -261,7 +260,11 @@ def main() -> int:
         return 0
     arguments = _parser().parse_args()
     if arguments.first:
-        os.setpriority(os.PRIO_PROCESS, 0, _FIRST)
+        try:
+            os.setpriority(os.PRIO_PROCESS, 0, _FIRST)
+        except PermissionError:
+            print("head_of_line: --first needs root", file=sys.stderr)
+            return 2
     print(heading())
     document = run(arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
