@@ -87,7 +87,7 @@ data path
     dial        the opening of a WebSocket to an upstream
     websocket   a WebSocket session: messages both ways, and its end
 web
-    middleware/ request_id, observe, errors, guard, cors, auth, limits
+    middleware/ request_id, observe, errors, turn, guard, cors, auth, limits
     key_order   what people write to get a key
     key_commands  keys, for the command line and the admin API
     token_commands  tokens of our own, for the command line

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from proxy.errors import ModelNotFound, Overloaded
 from proxy.retry import RetryBudget
+from proxy.turnstile import Turnstile
 
 if TYPE_CHECKING:
     from proxy import config
@@ -61,6 +62,7 @@ class Core:
         self.running: set[Context] = set()
         self.draining_for_usage = 0  # requests that are read on for their usage, their callers gone
         self.bodies = Bodies(settings.max_buffered_bytes)
+        self.turnstile = Turnstile()
         self.draining = False  # answers close their connection
         self.refusing = False  # and there are no new requests
 

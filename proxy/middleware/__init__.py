@@ -7,6 +7,7 @@ from proxy.middleware.guard import guard
 from proxy.middleware.limits import limits
 from proxy.middleware.observe import observe
 from proxy.middleware.request_id import request_id
+from proxy.middleware.turn import turn
 
 #: The chain, in order (house rule: a middleware never imports another).
-CHAIN = (request_id, observe, errors, guard, cors, auth, limits)
+CHAIN = (request_id, observe, errors, turn, guard, cors, auth, limits)
