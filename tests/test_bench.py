@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import chart, check, machine, measures, report, rounds, targets
+from bench import chart, check, goals, machine, measures, report, rounds, targets
 from bench.load import Load
 from bench.upstream import plain_answer
 
@@ -235,3 +235,33 @@ def test_without_the_repository_the_command_says_so(tmp_path: Path) -> None:
     alone = command("--quick", cwd=tmp_path)
     assert alone.returncode == 1
     assert alone.stderr == "headrace: bench needs the repository: clone it, and run `make bench` there\n"
+
+
+def test_the_readme_has_the_figures_of_the_committed_run() -> None:
+    """`python -m bench.goals` writes them."""
+    readme = (machine.REPOSITORY / "README.md").read_text()
+    assert goals.page(readme, goals.read()) == readme
+
+
+def a_run(ours: float, nginx: float) -> dict[str, Any]:
+    def figures(value: float) -> dict[str, Any]:
+        return {"figures": {"chunk_400_us": {"median": value, "min": value, "max": value, "values": [value]}}}
+
+    names = ("cores", "cpu", "kernel", "python", "commit", "changed")
+    return {
+        "when": "2026-11-21",
+        "machine": {"packages": {}, **dict.fromkeys(names, "")},
+        "rounds": 1,
+        "quick": False,
+        "peers": {"headrace-full": figures(ours), "nginx": figures(nginx)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("ours", "shown"), [(14.0, "**1.4x nginx** | moonshot"), (18.0, "**1.8x nginx** | met"), (18.1, "missed")]
+)
+def test_a_goal_says_whether_it_is_met(ours: float, shown: str) -> None:
+    rows = [row for row in goals.section(a_run(ours, 10.0)).splitlines() if "400 streams" in row]
+    assert shown in rows[0]
+    assert "<= 1.8x nginx" in rows[0]
+    assert len([row for row in rows if "nginx |" in row]) == 1
