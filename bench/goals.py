@@ -1,7 +1,7 @@
 """The README's figures, written from the committed run: each goal beside what was measured, and the other
 proxies beside Headrace.
 
-    python -m bench.goals     writes it from bench/results/baseline.json
+    python -m bench.goals     writes them from bench/results/baseline.json and peers.json
 """
 
 from __future__ import annotations
@@ -17,24 +17,12 @@ from bench import report
 from bench.rounds import ratios
 
 _README = Path(__file__).resolve().parents[1] / "README.md"
-#: The committed run; latest.json may be anybody's, and of a part.
+#: The committed runs; latest.json may be anybody's. Of other gateways fewer things are measured.
 RESULTS = report.RESULTS / "baseline.json"
+PEERS = report.RESULTS / "peers.json"
 _MARKS = ("<!-- goals -->\n", "<!-- /goals -->\n")
 #: With a key, a plan, limits, metrics, log, ledger, heartbeat and timers on.
 _OURS = "headrace-full"
-#: The figures of the table of proxies.
-_BESIDE = (
-    "chunk_400_us",
-    "chunk_200_us",
-    "request_us",
-    "ttfb_p50_us",
-    "ttfb_p99_us",
-    "ttfb_500_p99_us",
-    "stream_kib",
-    "many_ttfb_p99_ms",
-    "idle_mib",
-    "cold_start_s",
-)
 #: Flat, as far as it can be measured.
 _FLAT = 1.3
 
@@ -117,11 +105,14 @@ GOALS = (
 )
 
 
-def section(document: Document | None) -> str:
-    """What stands between the marks."""
+def section(document: Document | None, peers: Document | None = None) -> str:
+    """What stands between the marks. `peers`: a run beside other gateways."""
     if document is None:
         return "No figures yet: `make bench` measures them, `python -m bench.goals` puts them here.\n"
-    return "\n".join([*_goals(document), "", *_proxies(document), ""])
+    found = [*_goals(document), "", report.headline(document), ""]
+    if peers is not None:
+        found += [*_sideways(peers), "", report.headline(peers), ""]
+    return "\n".join(found)
 
 
 def _goals(document: Document) -> Iterator[str]:
@@ -145,8 +136,24 @@ def _verdict(goal: Goal, value: float) -> str:
     return "met" if round(value, goal.digits) <= goal.must else "missed"
 
 
-def _proxies(document: Document) -> list[str]:
-    return report.markdown(document, [name for name in report.FIGURES if name in _BESIDE])
+def _sideways(document: Document) -> Iterator[str]:
+    """A row a proxy, the cheapest chunk first."""
+    figures = {name: each["figures"] for name, each in document["peers"].items() if name != report.DIRECT}
+    names = [name for name in report.FIGURES if any(name in found for found in figures.values())]
+    labels = [report.FIGURES[name] for name in names]
+    yield "| | " + " | ".join(f"{each.label}, {each.unit}" for each in labels) + " |"
+    yield "|---|" + "--:|" * len(names)
+    for peer in sorted(figures, key=lambda peer: _median("chunk_200_us", peer)(document) or 0.0):
+        medians = [figures[peer].get(name, {}).get("median") for name in names]
+        cells = [
+            "" if each is None else _number(each, label.digits)
+            for each, label in zip(medians, labels, strict=True)
+        ]
+        yield f"| {f'**{peer}**' if peer == _OURS else peer} | " + " | ".join(cells) + " |"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits if value < 100 else 0}f}"
 
 
 def read(results: Path = RESULTS) -> Document | None:
@@ -154,20 +161,20 @@ def read(results: Path = RESULTS) -> Document | None:
     return json.loads(results.read_text()) if results.exists() else None
 
 
-def page(readme: str, document: Document | None) -> str:
+def page(readme: str, document: Document | None, peers: Document | None = None) -> str:
     """The README with its section written anew."""
     before, mark, rest = readme.partition(_MARKS[0])
     _, end, after = rest.partition(_MARKS[1])
     if not (mark and end):
         raise ValueError("README.md has no <!-- goals --> and <!-- /goals -->")
-    return before + mark + section(document) + end + after
+    return before + mark + section(document, peers) + end + after
 
 
 def main() -> None:
     argparse.ArgumentParser(
         prog="python -m bench.goals", description="writes the README's figures from the committed run"
     ).parse_args()
-    _README.write_text(page(_README.read_text(), read()))
+    _README.write_text(page(_README.read_text(), read(), read(PEERS)))
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def test_without_the_repository_the_command_says_so(tmp_path: Path) -> None:
 def test_the_readme_has_the_figures_of_the_committed_run() -> None:
     """`python -m bench.goals` writes them."""
     readme = (machine.REPOSITORY / "README.md").read_text()
-    assert goals.page(readme, goals.read()) == readme
+    assert goals.page(readme, goals.read(), goals.read(goals.PEERS)) == readme
 
 
 def a_run(ours: float, nginx: float) -> dict[str, Any]:
