@@ -2,8 +2,9 @@
 
 Rows have ids of our own, because a caller may repeat its request id. An id begins with the time at which the
 request started, so that the newest rows are neighbours in the file (random ids would touch a page each), a
-time range is a range of the primary key, and old rows are deleted from one end. Its other 80 bits are random:
-rows of many workers and machines are told apart, and one that is handed over twice is written once.
+time range is a range of the primary key, and old rows are deleted from one end. Its other 80 bits are unique
+(48 random ones of the process, and a count): rows of many workers and machines are told apart, and one that is
+handed over twice is written once.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Protocol
 
 import msgspec
 
-#: Milliseconds take 12 digits until the year 10889; 10 random bytes the other 20.
+#: Milliseconds take 12 digits until the year 10889; 10 unique bytes the other 20.
 _TIME_DIGITS = 12
-RANDOM_BYTES = 10
+UNIQUE_BYTES = 10
 #: What a column of SQLite holds: 9.2 million USD in picodollars. More for one request is no cost.
 MOST = 2**63 - 1
 
@@ -85,9 +86,9 @@ class RowSink(Protocol):
         LedgerFailed if the file cannot be read now."""
 
 
-def row_id(started_at: float, random: bytes) -> str:
-    """The id of a row. random: `RANDOM_BYTES` of them."""
-    return first_id(started_at) + random.hex()
+def row_id(started_at: float, unique: bytes) -> str:
+    """The id of a row. unique: `UNIQUE_BYTES` of them."""
+    return first_id(started_at) + unique.hex()
 
 
 def first_id(moment: float) -> str:

@@ -23,7 +23,7 @@ from proxy.errors import StartError
 from proxy.ledger import Ledger
 from proxy.ledger_link import LedgerLink
 from proxy.ledger_read import LedgerFailed
-from proxy.ledger_row import MOST, RANDOM_BYTES, first_id, row_id, storable
+from proxy.ledger_row import MOST, UNIQUE_BYTES, first_id, row_id, storable
 from tests.kit.callers import Caller, ask, chat
 from tests.kit.fleet import LOOK_EVERY_S, fleet, write
 from tests.kit.headrace import running, settings_for, until
@@ -131,7 +131,7 @@ async def test_old_rows_go(tmp_path: Path) -> None:
 MOMENTS = st.integers(0, 4_000_000_000_000).map(lambda ms: ms / 1000)
 
 
-@given(MOMENTS, st.floats(0, 4e9), st.binary(min_size=RANDOM_BYTES, max_size=RANDOM_BYTES))
+@given(MOMENTS, st.floats(0, 4e9), st.binary(min_size=UNIQUE_BYTES, max_size=UNIQUE_BYTES))
 def test_an_id_knows_when(moment: float, started_at: float, random: bytes) -> None:
     """A range of time is a range of ids, exactly to the millisecond."""
     found = row_id(started_at, random)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from proxy.ledger import Ledger
-from proxy.ledger_row import RANDOM_BYTES, Row, row_id
+from proxy.ledger_row import UNIQUE_BYTES, Row, row_id
 
 _numbers = itertools.count(1)
 
@@ -21,7 +21,7 @@ def row(started_at: float | None = None, **fields: Any) -> Row:
     """A finished request for 10 + 5 tokens; fields override."""
     at = time.time() if started_at is None else started_at
     values = {
-        "id": row_id(at, os.urandom(RANDOM_BYTES)),
+        "id": row_id(at, os.urandom(UNIQUE_BYTES)),
         "started_at": at,
         "ended_at": at + 0.5,
         "request_id": f"req_{next(_numbers)}",
