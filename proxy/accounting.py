@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _NOTHING = Usage(source=Source.ESTIMATED)
 
 
-#: Rows are told apart by a random process and their number in it: random bytes for each cost 12 us (measured).
+#: Rows are told apart by a random process and their number in it: random bytes for each cost 12 us.
 _COUNTED_BYTES = 4
 _COUNTED = 256**_COUNTED_BYTES
 _PROCESS = os.urandom(UNIQUE_BYTES - _COUNTED_BYTES)

@@ -3,8 +3,8 @@
 Rows have ids of our own, because a caller may repeat its request id. An id begins with the time at which the
 request started, so that the newest rows are neighbours in the file (random ids would touch a page each), a
 time range is a range of the primary key, and old rows are deleted from one end. Its other 80 bits are unique
-(48 random ones of the process, and a count): rows of many workers and machines are told apart, and one that is
-handed over twice is written once.
+(48 random ones of the process, and a count): rows of many workers and machines are told apart, and one that
+is handed over twice is written once.
 """
 
 from __future__ import annotations
