@@ -239,6 +239,7 @@ class Forwarding:
 
     async def _send(self, attempt: Attempt) -> None:
         exchange, left_s = attempt.exchange, self._total_at - monotonic()
+        self._may_have_reached += not exchange.pushes
         try:
             if attempt.upstream.timeouts.connect < left_s:
                 await exchange.send()
@@ -252,7 +253,6 @@ class Forwarding:
         except Exception as error:
             raise translate(error) from error
         self._reached = self._reached or exchange.pushes
-        self._may_have_reached += not exchange.pushes
         self._ctx.reached_upstream = True
         self._ctx.sent_at = self._ctx.sent_at or monotonic()  # what came before is our own doing
 
