@@ -234,7 +234,7 @@ async def prices_of_records(settings: config.Config, folder: Path, times: int) -
 
 
 async def price_of_request_id(settings: config.Config, times: int) -> Price:
-    core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]
+    core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]  # a part of it is enough
     request = make_request(core)
     return Price(
         "request id, route and caller's address", await each(lambda: request_id(request, answered), times)
@@ -243,7 +243,7 @@ async def price_of_request_id(settings: config.Config, times: int) -> Price:
 
 async def price_of_cors(settings: config.Config, times: int) -> Price:
     """A page's request: the fields of its answer."""
-    core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]
+    core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]  # a part of it is enough
     app = web.Application()
     app[CORE] = core
     cors.attach(app, app.router.add_route("*", "/{path:.*}", answered))
@@ -289,7 +289,7 @@ class _Nowhere:
 async def price_of_verification(settings: config.Config) -> Price:
     """Each stream of the sample: what its pipe costs more than a usual one."""
     chunk = STREAM_KINDS["no usage in the chunks"]
-    core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]
+    core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]  # a part of it is enough
     ctx = make_request(core)[CONTEXT]
     way = _Nowhere()
     parts: Any = (ctx, SimpleNamespace(transport=way), way, way, None, Clocks(1.0, 1.0, 1.0, 1.0, [0.0] * 22))

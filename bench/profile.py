@@ -137,7 +137,7 @@ def show(stacks: Stacks, unit_us: float, unit: str, top: int) -> None:
     for frames, share in stacks:
         own[frames[-1]] += share  # type: ignore[assignment]  # a Counter adds up fractions as well
         for frame in set(frames):
-            within[frame] += share  # type: ignore[assignment]
+            within[frame] += share  # type: ignore[assignment]  # None until it is known
     for title, counted in (("self", own), ("with what it calls", within)):
         print(f"\nPython, {title}")
         for frame, share in counted.most_common(top):

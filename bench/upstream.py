@@ -68,7 +68,7 @@ def plain_answer(size: int) -> bytes:
         "usage": {"prompt_tokens": 12, "completion_tokens": 150, "total_tokens": 162},
     }
     missing = max(0, size - len(json.dumps(document)))
-    document["choices"][0]["message"]["content"] = ("lorem ipsum dolor " * (missing // 18 + 1))[:missing]  # type: ignore[index]
+    document["choices"][0]["message"]["content"] = ("lorem ipsum dolor " * (missing // 18 + 1))[:missing]  # type: ignore[index]  # a document of any shape
     body = json.dumps(document).encode()
     head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nx-request-id: mock-0001\r\n"
     return head + b"content-length: %d\r\n\r\n" % len(body) + body

@@ -29,7 +29,7 @@ def main() -> int:
     words += ["--universal", "--python-version", _PYTHON, "--generate-hashes", "--quiet", "--no-config"]
     words += ["--custom-compile-command", "make lock", "--output-file", str(LOCK.relative_to(_ROOT))]
     given = "\n".join(build_requirements()).encode()
-    return subprocess.run(words, cwd=_ROOT, input=given, stdout=subprocess.DEVNULL).returncode  # noqa: S603
+    return subprocess.run(words, cwd=_ROOT, input=given, stdout=subprocess.DEVNULL).returncode  # noqa: S603 - our own words
 
 
 if __name__ == "__main__":

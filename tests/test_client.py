@@ -663,7 +663,7 @@ async def test_the_clock_says_when_it_goes_on() -> None:
     await asyncio.gather(*tasks)
     for wrong in ({"max_in_flight": 0}, {"burst": 0}, {"requests_per_minute": 0}):
         with pytest.raises(ValueError, match="above 0"):
-            Limits(**wrong)  # type: ignore[arg-type]
+            Limits(**wrong)  # type: ignore[arg-type]  # the wrong kind is meant
 
 
 async def test_limits_hold_for_requests() -> None:

@@ -272,7 +272,7 @@ async def test_the_cache_knows_everything_at_once_and_follows(url: str, store: K
         await store.create(record("later"))
         await until(lambda: known.get("later") is not None)
         await store.rotate("full", NewSecret(b"n", "q"))
-        await until(lambda: known.get("full").digest == b"n")  # type: ignore[union-attr]
+        await until(lambda: known.get("full").digest == b"n")  # type: ignore[union-attr]  # a default binds the value of now
         assert len(known) == 2
 
 
@@ -359,7 +359,7 @@ async def test_redis_errors_show_no_password() -> None:
 async def test_redis_with_records_of_somebody_else(redis: RedisServer) -> None:
     async with opened(redis.url) as store, redis.client() as client:
         await store.create(FULL)
-        await client.hset("headrace:{keys}:records", "full", b"not json")  # type: ignore[misc]
+        await client.hset("headrace:{keys}:records", "full", b"not json")  # type: ignore[misc]  # redis-py: one type for sync and async
         with pytest.raises(KeyStoreFailed, match="a record cannot be read"):
             await store.get("full")
         await client.delete("headrace:{keys}:records")
@@ -370,7 +370,7 @@ async def test_redis_with_records_of_somebody_else(redis: RedisServer) -> None:
 
 async def test_redis_of_a_newer_version(redis: RedisServer) -> None:
     async with redis.client() as client:
-        await client.hset("headrace:{keys}:meta", "version", "2")  # type: ignore[misc]
+        await client.hset("headrace:{keys}:meta", "version", "2")  # type: ignore[misc]  # redis-py: one type for sync and async
     with pytest.raises(StartError, match="made by a newer Headrace"):
         async with opened(redis.url):
             pass

@@ -369,7 +369,7 @@ async def test_close_does_not_wait_for_a_supervisor_that_is_gone(tmp_path: Path)
             link, supervisor, far = await linked(tmp_path, ledger)
             supervisor.willing = False
             link.add(row())
-            await until(lambda it=supervisor: it.calls > 0)  # type: ignore[misc]
+            await until(lambda it=supervisor: it.calls > 0)  # type: ignore[misc]  # a default binds the value of now
             closing = None if gone_before else asyncio.ensure_future(link.close(600))
             await asyncio.sleep(0)
             far.close()

@@ -272,7 +272,7 @@ async def test_a_killed_worker_takes_only_its_own_streams(tmp_path: Path, times:
             for caller in survivors:
                 caller.leave()
             whole = load.whole
-            await until(lambda at=whole: load.whole > at + 5, 10)  # type: ignore[misc]
+            await until(lambda at=whole: load.whole > at + 5, 10)  # type: ignore[misc]  # a default binds the value of now
             async with asyncio.timeout(15):
                 while await running.total("headrace_workers_replaced_total") < kills:
                     await asyncio.sleep(LOOK_EVERY_S)

@@ -87,7 +87,7 @@ class Lab:
         for ticket in tickets:
             before = self.room.waiting
             waiting.append(self.enter(wanted, ticket))
-            await until(lambda before=before: self.room.waiting == before + 1)  # type: ignore[misc]
+            await until(lambda before=before: self.room.waiting == before + 1)  # type: ignore[misc]  # a default binds the value of now
         return waiting
 
 

@@ -750,7 +750,7 @@ async def test_next_upstream(first: str) -> None:
             retry={"attempts": 3},
         )
         async with running(settings) as headrace:
-            it = Lab(headrace, good)  # type: ignore[arg-type]
+            it = Lab(headrace, good)  # type: ignore[arg-type]  # a part of it is enough
             async with speaking(headrace) as ws:
                 assert ws._response.headers["x-headrace-upstream"] == "good"
                 assert ws._response.headers["x-headrace-attempts"] == "2"
@@ -774,7 +774,7 @@ async def test_fallback(opted_in: bool) -> None:
             retry={"attempts": 3},
         )
         async with running(settings) as headrace:
-            it = Lab(headrace, good)  # type: ignore[arg-type]
+            it = Lab(headrace, good)  # type: ignore[arg-type]  # a part of it is enough
             if not opted_in:
                 await refused(it, handshake(REALTIME), 502, "upstream_unreachable", "upstream_error")
                 assert good.openings == []
