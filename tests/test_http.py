@@ -133,6 +133,29 @@ async def refused(
     return answer
 
 
+async def test_a_fault_of_our_own(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever breaks in here: 500, nothing of it is shown, the log says where; the next one is served."""
+    with monkeypatch.context() as broken:
+        broken.setattr(pair[0].server.core, "authenticator", "canary")
+        async with await Caller.connect(pair[0].port) as caller, asyncio.timeout(10):
+            answer = await caller.ask(plain())
+        await check_refusal(pair, answer, status=500, code="internal_error", echo=b"canary")
+    assert (await ask(pair[0].port, plain())).status == 200
+    said: list[dict[str, Any]] = []
+
+    def told() -> bool:  # by the log's own thread
+        said.extend(json.loads(text) for text in capfd.readouterr().out.splitlines())
+        return bool(said)
+
+    await until(told)
+    assert (said[0]["event"], said[0]["error"]) == ("internal_error", "AttributeError")
+    assert said[0]["request_id"] == answer.headers["x-request-id"]
+    assert re.search(r"middleware/auth\.py:\d+ _identify$", said[0]["where"][-1])
+    assert "no attribute" not in str(said)
+
+
 # ── the allow-list ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -326,6 +349,28 @@ async def test_chunked_body_and_trailers(pair: Pair) -> None:
     assert seen.body == BODY
     assert b"evil" not in seen.head
     assert b"chunked" not in seen.head.lower()
+
+
+async def test_a_chunk_that_is_none() -> None:
+    """After a good one: aiohttp's parser does not tell whoever reads the body, the timer ends it."""
+    async with both(timeouts={"body": 0.5}) as pair, await Caller.connect(pair[0].port) as caller:
+        await caller.send(line(CHAT, "Host: t", JSON_TYPE, "Transfer-Encoding: chunked", body=b"1\r\n{\r\n"))
+        await until(lambda: pair[0].state["buffered_bytes"] == 1)
+        async with asyncio.timeout(10):
+            await check_refusal(pair, await caller.ask(b"nonsense\r\n"), status=408)
+        assert await ended(caller)
+
+
+async def test_chunks_in_http_1_0(pair: Pair) -> None:
+    """They are not in that version: where such a body ends is a matter of opinion (RFC 9112 6.1)."""
+    await refused(
+        pair,
+        line(
+            CHAT.replace("1.1", "1.0"), "Host: t", JSON_TYPE, "Transfer-Encoding: chunked", body=b"0\r\n\r\n"
+        ),
+        status=400,
+        close=True,
+    )
 
 
 # ── Expect ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 
 import structlog
 from aiohttp import web
@@ -32,11 +33,21 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return respond(ctx, NotFound() if error.status == 404 else Refused(error.status))
     except ConnectionError:
         raise
-    except Exception:
-        structlog.get_logger().exception("internal_error", request_id=ctx.request_id)
+    except Exception as error:
+        structlog.get_logger().error(
+            "internal_error", request_id=ctx.request_id, error=type(error).__name__, where=_where(error)
+        )
         if ctx.committed:
             raise
         return respond(ctx, Internal())
+
+
+def _where(error: BaseException) -> list[str]:
+    """The traceback, `FILE:LINE FUNCTION`, outermost first; no message, for it may quote a body."""
+    return [
+        f"{frame.f_code.co_filename}:{line} {frame.f_code.co_qualname}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
 
 
 def respond(ctx: Context, error: HeadraceError) -> web.Response:
