@@ -6,6 +6,7 @@ import ipaddress
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from proxy import config, schema
 from proxy.address import Address, parse_address
-from proxy.config import Config, parse
+from proxy.config import Config, check_fixed, parse
 from proxy.schema import Target
 from proxy.yamlstruct import ConfigError
 
@@ -129,6 +130,9 @@ def test_repr_and_routes_hold_no_secret(everything: Config) -> None:
 
 MODEL = UP + "models: {gpt-4.1: {upstreams: [%s]}}"
 UPSTREAM = "upstreams: {openai: {base_url: 'mock:', %s}}"
+PLAN_NAME = "a plan's name is 1 to 64 letters, digits, dots, dashes or underscores"
+PROXY = "upstreams.openai.proxy: expected http://[user:password@]host:port"
+KEYS = "expected sqlite:PATH, redis://… or rediss://…"
 BASE_URL = (
     "upstreams.openai.base_url: "
     "expected http(s)://host[:port][/path] without user, query and fragment, or 'mock:'"
@@ -296,6 +300,46 @@ BAD = [
     (MODEL % "{name: openai, model: ''}", "models.gpt-4.1.upstreams[0].model: must not be empty"),
     (UP + "tls: {cert: /nowhere/c, key: /nowhere/k}", "tls.cert: cannot be read: No such file or directory"),
     (UPSTREAM % "ca_file: /", "upstreams.openai.ca_file: cannot be read: Is a directory"),
+    (UP + "playground: [1]", "playground: expected true or false, got a list"),
+    (UPSTREAM % 'ca_file: "a\\0b"', r"upstreams.openai.ca_file: expected the path of a file, got 'a\x00b'"),
+    (UP + "plans: {'a b': {}}", f"plans.a b: {PLAN_NAME}"),
+    (UPSTREAM % "proxy: 'socks5://u:canary@h:1'", PROXY),
+    (UPSTREAM % "proxy: 'http://u:canary@h:99999'", PROXY),
+    (UPSTREAM % "proxy: 'http://[canary'", PROXY),
+    (
+        UPSTREAM % "headers: {'a b': c}",
+        "upstreams.openai.headers.a b: a header's name is 1 to 100 letters, digits or dashes",
+    ),
+    (UPSTREAM % "headers: {Host: canary}", "upstreams.openai.headers.Host: Host is set by Headrace itself"),
+    (
+        UPSTREAM % 'headers: {a: "canary\\n"}',
+        "upstreams.openai.headers.a: has a line break or another character that a header cannot carry",
+    ),
+    (
+        UPSTREAM % "query: {'a&b': c}",
+        "upstreams.openai.query.a&b: a query parameter's name is 1 to 100 letters, digits, dots, dashes or "
+        "underscores",
+    ),
+    (UP + "auth: {database: 'mysql://u:canary@h'}", f"auth.database: {KEYS}"),
+    (UP + "auth: {database: 'redis://[canary'}", f"auth.database: {KEYS}"),
+    (UP + "limits: {store: 'mysql://u:canary@h'}", "limits.store: expected memory, redis://… or rediss://…"),
+    (
+        UP + "cors: {origins: ['https://App.example/']}",
+        "cors.origins[0]: expected scheme://host or scheme://host:port in lower case as browsers send it, "
+        "got 'https://App.example/'",
+    ),
+    # tokens
+    (UP + "auth: {jwt: {jwks_url: 'ftp://h/keys'}}", "auth.jwt.jwks_url: expected http(s)://host/path"),
+    (
+        UP + "auth: {jwt: {algorithms: [HS256, RS256], secret: " + 32 * "x" + "}}",
+        "auth.jwt.algorithms: HS256 cannot stand beside the others: a public key would become a shared "
+        "secret",
+    ),
+    (UP + "auth: {jwt: {}}", "auth.jwt.secret: is missing: HS256 has no default secret"),
+    (
+        UP + "auth: {jwt: {algorithms: [RS256]}}",
+        "auth.jwt.jwks_url: is missing: RS256 needs it",
+    ),
     # between values
     (MODEL % "opnai", "models.gpt-4.1.upstreams[0]: unknown upstream 'opnai' (did you mean 'openai'?)"),
     (MODEL % "openai, {name: zzz}", "models.gpt-4.1.upstreams[1]: unknown upstream 'zzz'"),
@@ -335,6 +379,14 @@ BAD = [
 @pytest.mark.parametrize(("text", "message"), BAD, ids=range(len(BAD)))
 def test_bad(text: str, message: str) -> None:
     assert bad(text) == f"FILE: {message}"
+
+
+@pytest.mark.parametrize(("name", "value"), [("tls", None), ("admin_token", "another"), ("workers", 3)])
+def test_what_only_a_restart_changes(everything: Config, name: str, value: object) -> None:
+    """A listener neither begins nor ceases to speak TLS while it runs."""
+    check_fixed(everything, msgspec.structs.replace(everything, drain=1.0))
+    with pytest.raises(ConfigError, match=f"FILE: {name}: cannot change while running"):
+        check_fixed(everything, msgspec.structs.replace(everything, **{name: value}))
 
 
 def test_a_config_error_knows_its_parts() -> None:

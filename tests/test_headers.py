@@ -186,3 +186,26 @@ def test_value_of() -> None:
     fields = [(b"A", b"1"), (b"Content-Type", b"2"), (b"content-type", b"3")]
     assert headers.value_of(fields, b"content-type") == b"2"
     assert headers.value_of(fields, b"absent") is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0111, "12ms"),
+        (0.9999, "1s"),
+        (1, "1s"),
+        (59.1, "1m0s"),
+        (360, "6m0s"),
+        (3599.5, "1h0m0s"),
+        (90061, "25h1m1s"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    """Rounded up: whoever waits that long is never too early."""
+    assert headers.duration(seconds) == text
+
+
+def test_a_peer_without_an_address_is_no_proxy() -> None:
+    """Whatever a listener calls it, it is in no network."""
+    networks = (ipaddress.ip_network("0.0.0.0/0"),)
+    assert headers.client_ip("peer", ["203.0.113.9"], networks) == "peer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -214,6 +215,29 @@ def test_a_large_body_is_looked_at_in_steps() -> None:
         {"model": "m", "messages": [{"content": "Grüße\n" * 300_000}]}, ensure_ascii=False
     ).encode()
     assert sum(1 for _ in peeking(body)) > len(body) // 2**18
+
+
+def test_a_large_object_is_looked_at_in_steps() -> None:
+    """So is one of many members, and a value with many parts that has to be walked over."""
+    members = ",".join(f'"{number}":0' for number in range(1000))
+    parts = ",".join("[0]" for _ in range(1000))
+    for body in (f'{{"model":"m",{members}}}', f'{{"a":[{parts}],"a":0,"model":"m"}}'):
+        assert sum(1 for _ in peeking(body.encode(), len(body))) >= 5
+        assert in_steps(body.encode()).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("look_at", "suspicious"),
+    [(peek, '"\\u006e":1'), (peek, '"x":' + "9" * 4300), (in_steps, '"x":[' + "9" * 4300 + ",2.0]")],
+)
+def test_what_is_costly_to_check_has_a_limit(look_at: Callable[[bytes], Peek], suspicious: str) -> None:
+    """Of a body above 1 MiB nobody looks closely at escaped names or at numbers of thousands of digits."""
+    small, large = (
+        f'{{"model":"m","pad":"{"p " * count}",{suspicious}}}'.encode() for count in (2**10, 2**19)
+    )
+    assert look_at(small).model == "m"
+    with pytest.raises(BadRequest, match="not plain JSON"):
+        look_at(large)
 
 
 def test_digits_in_text_are_no_number() -> None:

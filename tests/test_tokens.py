@@ -61,6 +61,12 @@ def test_what_is_text(text: str) -> None:
     assert estimate_prompt(body(text)) == -(-len(body(text)) // 4)
 
 
+def test_a_string_without_an_end() -> None:
+    """Whoever sends that is refused elsewhere; here it is text."""
+    cut = b'["data:image/png;base64,iVBORw0KGgo'
+    assert estimate_prompt(cut) == -(-len(cut) // 4)
+
+
 @pytest.mark.parametrize(
     "unit",
     [b'"data:', b'"data:x;base64,', b'"data:;base64," ', b'"data:;base64,A",', b";base64,", b'"', b'"data:x'],

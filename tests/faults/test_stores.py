@@ -12,10 +12,12 @@ import pytest
 
 from tests.kit.callers import ask
 from tests.kit.chaos import Fault, chaos
-from tests.kit.desk import Desk, question
+from tests.kit.desk import Crowd, Desk, question
 from tests.kit.fleet import Fleet, fleet
-from tests.kit.headrace import settings_for
+from tests.kit.headrace import running, settings_for, until
 from tests.kit.invariant import balanced
+from tests.kit.keys import auth_section, bearer, make_key
+from tests.kit.lab import Gate, plays, response
 from tests.kit.redis import redis_server
 from tests.kit.upstreams import Scripted, scripted
 
@@ -87,3 +89,63 @@ async def test_redis_that_is_full_or_read_only_fails_no_request(tmp_path: Path) 
             await store_is(here, True)
         assert set(await statuses(here, 20)) == {200}
         await balanced(here, upstream.calls)
+
+
+def head(path: str, key: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: h\r\n{bearer(key)}\r\nConnection: close\r\n\r\n".encode()
+
+
+async def test_a_store_that_must_be_there_loses_nothing(tmp_path: Path) -> None:
+    """on_store_failure: closed. Whoever runs goes on to the end and gives everything back, without a slot for
+    a failover; nobody else is served, whatever his plan asks of the store; all is well when it comes back."""
+    plans = {
+        "basic": {"max_in_flight": 5, "tokens_per_minute": 10**6},
+        "pro": {"max_in_flight": 5, "requests_per_minute": 1000},
+        "fast": {"max_in_flight": 5},
+        "small": {},  # its key has a budget
+    }
+    keys = {
+        plan: await make_key(tmp_path, plan=plan, budget_day=5 if not plans[plan] else None) for plan in plans
+    }
+    failing, desk = Gate(), Desk()
+    async with (
+        redis_server() as server,
+        scripted(plays(failing, response(503, b"{}"))) as bad,
+        scripted(desk) as good,
+        running(
+            settings_for(
+                good.url,
+                upstreams={name: {"base_url": url} for name, url in (("up", good.url), ("bad", bad.url))},
+                models={
+                    "m": {"upstreams": ["up"], "price": {"input": 1, "output": 1}},
+                    "two": {"upstreams": ["bad", {"name": "up", "tier": 2}]},
+                },
+                limits={"store": server.url, "on_store_failure": "closed"},
+                auth=auth_section(tmp_path),
+                plans=plans,
+                retry={"attempts": 3, "base": 0.01},
+            )
+        ) as headrace,
+    ):
+        crowd = Crowd(headrace.port)
+        for name in ("basic", "small"):
+            crowd.ask(name, bearer(keys[name]))
+        crowd.ask("fails over", bearer(keys["pro"]), model="two")
+        await until(lambda: len(good.calls) == 2 and len(bad.calls) == 1)
+        await server.kill()
+        asked = [question("new", bearer(key)) for key in keys.values()]
+        asked += [head("/v1/limits", keys[plan]) for plan in plans if plans[plan]]
+        asked += [head("/v1/usage", keys["small"])]
+        for request in asked:
+            refused = await ask(headrace.port, request)
+            assert (refused.status, refused.json()["error"]["code"]) == (503, "overloaded"), request
+        failing.open()
+        desk.open_all()
+        assert await crowd.statuses(["basic", "small", "fails over"]) == [200, 200, 503]
+        assert len(good.calls) == 2
+        await headrace.quiet()
+        await server.restart()
+        async with asyncio.timeout(20):
+            while not (await headrace.metrics())["headrace_state_store_up"]:
+                await asyncio.sleep(0.02)
+        assert (await ask(headrace.port, question("again", bearer(keys["basic"])))).status == 200
