@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -276,6 +278,77 @@ async def test_a_key_that_is_none(tmp_path: Path) -> None:
     assert found.level is Level.PROBLEM
 
 
+# ── a chain that fails at some of it ─────────────────────────────────────────────────────────────────────
+
+
+def said(status: str, body: str, *fields: str) -> bytes:
+    head = "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *fields])
+    return f"{head}\r\n\r\n{body}".encode()
+
+
+HEALTH = said("200 OK", '{"status": "ok"}')
+MODELS = said("200 OK", '{"data": [{"id": "m"}]}')
+NOT_NOW = said("503 Busy", '{"error": {"code": "overloaded"}}')
+EVENTS = "Content-Type: text/event-stream"
+
+
+async def before(answers: dict[str, bytes], otherwise: bytes) -> Report:
+    """What is found before a chain that answers paths so; nothing: the connection breaks."""
+
+    async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                answer = answers.get(head.split()[1].partition(b"?")[0].decode(), otherwise)
+                if head.startswith(b"POST") and b"100-continue" not in head:
+                    await reader.read(2**16)
+                writer.write(answer)
+                if not answer:
+                    break
+        writer.transport.abort()
+
+    async with await asyncio.start_server(served, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        return await doctor.examine(f"http://127.0.0.1:{port}", doctor.Options(0.5, "key"))
+
+
+async def test_a_chain_that_breaks_off() -> None:
+    """Whatever is asked of it but /health: each question is a finding of its own, none is the end."""
+    report = await before({"/health": HEALTH}, b"")
+    found = [each for each in report.checks if each.level is Level.PROBLEM]
+    assert {each.check for each in found} == {"reach", "pace", "rate", "silence", "heartbeat", "request_id"}
+    assert [each.text.partition(":")[0] for each in found if each.check == "reach"] == [
+        "a request got no answer"
+    ] * 4
+    assert any(each.text == "bodies of 32 MiB are taken" for each in report.checks)  # nobody has refused one
+
+
+async def test_a_chain_that_is_busy() -> None:
+    report = await before({"/health": HEALTH, "/v1/models": MODELS}, NOT_NOW)
+    text = {found.check: found.text for found in report.checks}
+    assert text["pace"] == "the test stream was answered with 503 overloaded"
+    assert text["chat"] == "a chat with m was answered with 503 overloaded"
+    assert text["silence"] == "not tried: too many such streams at the moment"
+    assert text["cache"] == "the health stream could not be read twice"
+
+
+async def test_a_chat_that_breaks_off() -> None:
+    """Of an event stream only what is one of our events is looked at."""
+    stream = said("200 OK", "data: {nonsense\n\ndata: {}\n\n", EVENTS)
+    report = await before({"/health": HEALTH, "/v1/models": MODELS}, stream)
+    text = {found.check: found.text for found in report.checks}
+    assert text["chat"].startswith("a chat with m broke off after 0.")
+    assert "only 1 of" in text["pace"]
+
+
+async def test_a_certificate_that_nobody_vouches_for() -> None:
+    """Found, and all further questions are asked without the key."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority().issue_cert("localhost").configure_cert(context)
+    async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=context) as server:
+        found, _, trusted = await doctor._tls(f"https://localhost:{server.sockets[0].getsockname()[1]}")
+    assert ([each.check for each in found], trusted) == (["tls"], False)
+
+
 # ── what behaviour means ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -325,6 +398,20 @@ def test_rate(late_ms: list[float], level: Level) -> None:
 )
 def test_certificate(days: float, protocol: str, alpn: str | None, levels: list[str]) -> None:
     assert [found.level.value for found in doctor_rules.certificate(days, protocol, alpn)] == levels
+
+
+@pytest.mark.parametrize(
+    ("found", "level", "word"),
+    [
+        (doctor_rules.headers({}), Level.PROBLEM, "dropped on the way: Content-Type, Cache-Control, x-"),
+        (doctor_rules.http_version("1.0", kept=True), Level.PROBLEM, "HTTP/1.0"),
+        (doctor_rules.http_version("2", kept=True), Level.OK, "HTTP/2"),
+        (doctor_rules.cached([1.0, None]), Level.HINT, "could not be read twice"),
+        (doctor_rules.cached([1.0, 1.0]), Level.PROBLEM, "out of a cache"),
+    ],
+)
+def test_rules(found: Finding, level: Level, word: str) -> None:
+    assert (found.level, word in found.text) == (level, True), found
 
 
 def test_lines_are_printed_once() -> None:
