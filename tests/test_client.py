@@ -351,6 +351,24 @@ async def test_errors_in_other_shapes(body: bytes, message: str) -> None:
         assert str(error) == message
 
 
+SHORT = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+BROKEN: dict[str, tuple[Script, str, int | None]] = {
+    "no HTTP": (plays(b"SSH-2.0-other\r\n\r\n"), "parse", None),
+    "half a JSON answer": (plays(SHORT % b"200 OK", Call.close), "truncated", 200),
+    "half a refusal": (plays(SHORT % b"403 No", Call.close), "auth", 403),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+async def test_answers_that_break(name: str) -> None:
+    """Of a refusal the status alone says enough."""
+    script, category, status = BROKEN[name]
+    async with scripted(script) as server:
+        text, error = await ask(server.url, ONCE)
+    assert error is not None
+    assert (text, error.category, error.status) == ("", category, status)
+
+
 async def test_what_is_tried_again() -> None:
     """Every failure that may pass, as long as nothing was delivered; and nothing after that."""
     soon = Timeouts(first_byte_s=0.5, idle_s=0.5)
@@ -490,8 +508,20 @@ async def test_after_the_terminator_the_connection_is_used_again() -> None:
         assert b"\r\nx-headrace-priority: low\r\n" in server.calls[-1].head.lower()
         sent = {"stream": True, "stream_options": None, "model": "m", "messages": [], "top_p": 1}
         assert json.loads(server.calls[-1].body) == sent
-    async with scripted(plays(HEAD, chunk(A + DONE), hold)) as server:
-        assert await ask(server.url) == ("a", None)
+    for more in (hold, chunk(b": more\n\n")):
+        async with scripted(plays(HEAD, chunk(A + DONE), 0.01, more, END)) as server:
+            assert await ask(server.url) == ("a", None)
+
+
+async def test_text_in_parts_and_a_last_event_without_its_end() -> None:
+    """Some models give a list of parts; not all servers write the last blank line."""
+    parts = b'data: {"choices":[{"delta":{"content":[{"type":"text","text":"b"},{"type":"x"},7]}}]}\n\n'
+    async with scripted(says(STOP, A, parts[:-2])) as server:
+        assert await ask(server.url) == ("ab", None)
+
+
+async def test_a_client_that_asks_nothing() -> None:
+    await Client("http://127.0.0.1:1").aclose()
 
 
 # ── leaving ──────────────────────────────────────────────────────────────────────────────────────────────
