@@ -37,8 +37,11 @@ def _add_admin(parser: argparse.ArgumentParser) -> None:
 
 
 def _tell(settings: Config, verb: str) -> int:
-    _, body = uvloop.run(ask(settings, "POST", f"/admin/{verb}"))
-    document = msgspec.json.decode(body)
+    status, body = uvloop.run(ask(settings, "POST", f"/admin/{verb}"))
+    try:
+        document = msgspec.json.decode(body)
+    except msgspec.DecodeError:
+        raise OperationError(refusal(status, body)) from None
     if "error" in document:
         raise StartError(document["error"]["message"])
     print(", ".join(f"{name}: {value}" for name, value in document.items()))

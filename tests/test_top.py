@@ -23,7 +23,7 @@ from tests.kit.callers import Caller, ask, chat
 from tests.kit.fleet import Fleet, fleet
 from tests.kit.headrace import ROOT, command, running, settings_for, until
 from tests.kit.keys import auth_section, bearer, make_key
-from tests.kit.lab import hold, plays
+from tests.kit.lab import hold, plays, response
 from tests.kit.upstreams import DONE, END, HEAD, Call, chunk, event, scripted
 
 pytestmark = pytest.mark.timeout(60)
@@ -300,9 +300,25 @@ async def test_the_token_is_the_configurations(tmp_path: Path) -> None:
             text = node.file.read_text().replace("admin_token: right", f"admin_token: {token}")
             own = tmp_path / f"{token}.yaml"
             own.write_text(text)
-            async with command("-c", str(own), "top", *admin(node)) as process:
-                assert await process.ended() == code
-        assert process.err == ["headrace: the admin listener answered 401: invalid admin token"]
+            for words in (("top",), ("kill", "1-1")):
+                async with command("-c", str(own), *words, *admin(node)) as process:
+                    assert await process.ended() == (code if words == ("top",) else 1)
+                if code:
+                    assert process.err == ["headrace: the admin listener answered 401: invalid admin token"]
+        verify = ("usage", "--verify", "--admin", f"127.0.0.1:{node.admin_port}")
+        async with command("-c", str(own), *verify) as process:
+            assert await process.ended() == 1
+        assert process.err[0].endswith("answers 401: is admin_token the running server's?")
+
+
+@pytest.mark.parametrize("words", [("top",), ("kill", "1-1"), ("reload",)])
+async def test_another_server(words: tuple[str, ...]) -> None:
+    """Said in one line."""
+    async with scripted(plays(response(502, b"<html>Bad Gateway</html>"))) as server:
+        address = server.url.removeprefix("http://").partition("/")[0]
+        async with command(*words, "--admin", address) as process:
+            assert await process.ended() == 1
+    assert process.err == ["headrace: the admin listener answered 502: not Headrace's admin listener"]
 
 
 # ── on a terminal ────────────────────────────────────────────────────────────────────────────────────────
