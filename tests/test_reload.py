@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import ssl
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 
+from proxy import config
 from tests.kit.callers import Caller, ask, chat
 from tests.kit.fleet import Fleet, fleet, write
-from tests.kit.headrace import settings_for, until
+from tests.kit.headrace import running, settings_for, until
 from tests.kit.invariant import balanced
+from tests.kit.keys import auth_section, bearer, make_key
 from tests.kit.upstreams import DONE, END, HEAD, Call, chunk, event, scripted
 
 A = event("a")
@@ -133,7 +138,9 @@ async def test_a_bad_file_changes_nothing(tmp_path: Path, workers: int) -> None:
                 assert (await ask(running.port, chat())).status == 200, name
             assert await reloads(running, "error") >= count
         assert await reloads(running, "ok") == 0
-        await until(lambda: len(running.logged("reload_failed")) >= len(BAD))
+        os.kill(running.pid, signal.SIGHUP)
+        await until(lambda: len(running.logged("signal_refused")) == 1)
+        await until(lambda: len(running.logged("reload_failed")) > len(BAD))
         await balanced(running, upstream.calls)
 
 
@@ -173,3 +180,90 @@ async def test_a_worker_that_dies_after_a_reload_comes_back_with_it(tmp_path: Pa
         await running.settle()
         for _ in range(20):
             assert (await ask(running.port, chat(model="fresh"))).status == 200
+
+
+async def test_a_worker_that_starts_during_a_reload_follows(tmp_path: Path) -> None:
+    """It was given the old settings, and serves the new ones."""
+    async with scripted(short) as upstream, fleet(tmp_path, settings(upstream.url)) as running:
+        (victim, survivor), newcomer = await running.settle(), 0
+
+        def started() -> bool:
+            nonlocal newcomer
+            newcomer = sum({*running.workers()} - {victim, survivor})
+            return newcomer > 0
+
+        os.kill(victim, signal.SIGKILL)
+        await until(started, 10)
+        os.kill(newcomer, signal.SIGSTOP)  # it takes its time
+        write(running.file, {**settings(upstream.url), "models": {"fresh": {"upstreams": ["up"]}}})
+        await by_request(running)
+        os.kill(newcomer, signal.SIGCONT)
+        assert await running.settle() == sorted([survivor, newcomer])
+        statuses = []
+        async with asyncio.timeout(10):
+            while statuses[-20:] != [200] * 20:
+                statuses.append((await ask(running.port, chat(model="fresh"))).status)
+        assert {*statuses} <= {200, 404}
+
+
+# ── what is built anew ───────────────────────────────────────────────────────────────────────────────────
+
+
+def certify(tmp_path: Path, authority: trustme.CA) -> None:
+    issued = authority.issue_cert("localhost")
+    (tmp_path / "cert.pem").write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+    issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+
+
+async def test_certificate_keys_and_retries(tmp_path: Path) -> None:
+    """A renewed certificate is shown to new callers, another key store is asked. Of what cannot be used
+    nothing is: neither the certificate nor the key store, and nothing that was opened for it stays open."""
+    old, new = trustme.CA(), trustme.CA()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    keys = {name: await make_key(tmp_path / name) for name in ("old", "new")}
+    certify(tmp_path, old)
+    tls = {"cert": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
+    ledger = {"database": f"sqlite:{tmp_path}/headrace.db"}
+    first = settings_for("mock:", tls=tls, auth=auth_section(tmp_path / "old"), ledger=ledger)
+    async with running(first) as here:
+
+        async def asked(authority: trustme.CA, name: str) -> int:
+            context = ssl.create_default_context()
+            authority.configure_trust(context)
+            lines = ("GET /v1/models HTTP/1.1", "Host: h", "Connection: close", bearer(keys[name]), "", "")
+            reader, writer = await asyncio.open_connection("localhost", here.port, ssl=context)
+            writer.write("\r\n".join(lines).encode())
+            try:
+                return int((await reader.read()).split()[1])
+            finally:
+                writer.close()
+
+        async def reloaded(**changed: Any) -> str:
+            """Why it was refused, "" if it was not."""
+            text = json.dumps({**first, **changed})
+            here.front._load = lambda: config.parse(text, "test.yaml", {})
+            request = b"POST /admin/reload HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+            document = (await ask(here.front.admin_port, request)).json()
+            return str(document["error"]["message"]) if "error" in document else ""
+
+        before = here.state["fds"]
+        assert (await asked(old, "old"), await asked(old, "new")) == (200, 401)
+        assert "auth.database" in await reloaded(auth=auth_section(tmp_path / "nowhere"))
+        (tmp_path / "cert.pem").write_text("no certificate")
+        assert "tls: the certificate cannot be loaded" in await reloaded()
+        certify(tmp_path, new)
+        assert (await asked(old, "old"), await asked(old, "new")) == (200, 401)
+        other = config.parse(
+            json.dumps({**first, "auth": auth_section(tmp_path / "new")}), "test.yaml", {}
+        )  # prepared here, refused by another worker
+        await here.server.prepare(other)
+        await here.server.discard()
+        assert (await asked(old, "old"), await asked(old, "new")) == (200, 401)
+        again = {"auth": auth_section(tmp_path / "new"), "retry": {"attempts": 2}}
+        assert await reloaded(**again) == ""
+        assert (await asked(new, "new"), await asked(new, "old")) == (200, 401)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await asked(old, "new")
+        assert await reloaded() == ""
+        await until(lambda: here.state["fds"] <= before, describe=lambda: str(here.state))
