@@ -20,6 +20,7 @@ from tests.kit.pool import (
     Place,
     Pool,
     hangs_up,
+    in_order,
     in_turn,
     pool,
     refuses_with,
@@ -683,3 +684,29 @@ async def test_an_error_that_calls_itself_a_success(way: Way) -> None:
         await ask(it.port, chat())
         await it.ended("upstream_error", 1)
         assert await it.attempts() == {"a": {"status": 1}}
+
+
+# ── no slot ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@both
+async def test_a_failover_waits_for_no_slot(way: Way) -> None:
+    """Who is full is passed over; if nobody else is left, what was lost is the answer, at once."""
+    gate = Gate()
+    models = {"m": {"upstreams": in_order("ab")}, "mm": {"upstreams": in_order("abc")}}
+    models["full"] = {"upstreams": in_order("b")}
+    scripts = refuses_with(503), plays(gate, says("b")), plays(says("c"))
+    each = {"b": {"max_in_flight": 1}}
+    async with pool(*scripts, way=way, each=each, models=models) as it:
+        holding = asyncio.ensure_future(ask(it.port, chat(stream=False, model="full")))
+        await it.called("b")
+        answer, took_s = await timed(it, chat(stream=False, model="mm"))
+        assert (answer.status, answer.json()) == (200, {"from": "c"})
+        told(answer, "c", 2)
+        answer, took_m_s = await timed(it, METHODS["post"])
+        assert answer.status == 503
+        told(answer, "a", 3)
+        assert max(took_s, took_m_s) < AT_ONCE_S
+        gate.open()
+        assert (await holding).json() == {"from": "b"}
+        await it.settled(3)

@@ -760,6 +760,31 @@ async def test_next_upstream(first: str) -> None:
             assert (line["attempts"], line["upstream"]) == (2, "good")
 
 
+async def test_next_upstream_without_a_slot() -> None:
+    """A session that fails over waits for no slot either."""
+    async with talking(echo) as good:
+        settings = settings_for(
+            good.url,
+            upstreams={
+                "bad": {"base_url": "http://127.0.0.1:9/v1"},
+                "good": {"base_url": good.url, "max_in_flight": 1},
+            },
+            models={
+                "m": {"upstreams": ["bad", {"name": "good", "tier": 2}], "websocket": True},
+                "good": {"upstreams": ["good"], "websocket": True},
+            },
+            retry={"attempts": 3},
+        )
+        async with running(settings) as headrace:
+            it = Lab(headrace, good)  # type: ignore[arg-type]  # a part of it is enough
+            async with speaking(headrace, "/v1/realtime?model=good"):
+                answer = await ask(it.port, handshake(REALTIME))
+                assert (answer.status, answer.json()["error"]["code"]) == (502, "upstream_unreachable")
+                assert answer.headers["x-headrace-attempts"] == "1"
+            await it.ended("complete", 2)
+            assert len(good.openings) == 1
+
+
 @pytest.mark.parametrize("opted_in", [True, False])
 async def test_fallback(opted_in: bool) -> None:
     """Another model stands in, under its own name, if it has opted in as well."""
