@@ -42,6 +42,7 @@ resources
     footprint   what a process costs: memory, descriptors, CPU time, collections
     tasks       the one way to start a background task
     control     the channel between processes
+    chunked     HTTP/1.1's chunks: bytes into one, and out of one
     sender      a body that is sent piece by piece, while its answer may be coming
     wire        one exchange on a pooled connection, below ClientSession
     pool        connections of one upstream: kept, aged, made ahead

@@ -17,6 +17,7 @@ from multidict import CIMultiDict
 
 from proxy import answers, headers
 from proxy.attempt import WholeAnswer
+from proxy.chunked import framed
 from proxy.context import Context, Phase
 from proxy.drain_usage import drain_for_usage
 from proxy.errors import (
@@ -353,7 +354,7 @@ class Delivery:
         transport = self._request.transport
         if data and transport is not None and not transport.is_closing():
             assert self._response is not None
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._response.chunked else data)
+            transport.write(framed(data) if self._response.chunked else data)
 
     async def _abort(self) -> web.StreamResponse:
         assert self._response is not None

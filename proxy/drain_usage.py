@@ -90,7 +90,7 @@ class Rest:
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes, chunk: bytes = b"") -> None:
         if self.finished:
             return
         self._left_bytes -= len(data)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from proxy.chunked import framed
 from proxy.errors import Reason
 from proxy.metrics import GAP_UNITS_PER_SECOND, GAPS
 from proxy.wire import End
@@ -82,7 +83,7 @@ class Taker(Protocol):
     @property
     def finished(self) -> bool: ...
 
-    def feed(self, data: bytes) -> None: ...
+    def feed(self, data: bytes, chunk: bytes = b"") -> None: ...
 
     async def deliver(self, data: bytes) -> None: ...
 
@@ -164,10 +165,10 @@ class Pipe:
 
     # ── the data path ────────────────────────────────────────────────────────────────────────────────────
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes, chunk: bytes = b"") -> None:
         """Push: one read of the upstream is one write to the caller."""
         try:
-            self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._framing else data)
+            self._write((chunk or framed(data)) if self._framing else data)
             if self._unsent() and not self._blocked:
                 self._block()
         except RuntimeError:
@@ -179,7 +180,7 @@ class Pipe:
             gap = now - self._last_at
             slot = int(gap * GAP_UNITS_PER_SECOND).bit_length()
             gaps = self._gaps
-            gaps[slot if slot < _GAP_OVERFLOW else _GAP_OVERFLOW] += 1
+            gaps[slot if slot < _GAP_OVERFLOW else _GAP_OVERFLOW] += 1.0
             gaps[-1] += gap
         self._last_at = now
         self.writes += 1
@@ -358,9 +359,7 @@ class Pipe:
         self._timer = None
         if self._due():
             self.heartbeats += 1
-            self._transport.write(
-                b"%x\r\n%b\r\n" % (len(HEARTBEAT), HEARTBEAT) if self._framing else HEARTBEAT
-            )
+            self._transport.write(framed(HEARTBEAT) if self._framing else HEARTBEAT)
         if self._ending is None:
             self._arm()
 

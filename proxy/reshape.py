@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from proxy.answers import is_event_stream
+from proxy.chunked import framed
 from proxy.errors import Dialect, UpstreamInvalid
 from proxy.headers import RawHeaders, is_encoded
 from proxy.inject import UsageChunkFilter, with_include_usage
@@ -95,11 +96,11 @@ class ReshapedPipe(Pipe):
         self._transform = transform
         self._spoke_at = monotonic()
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes, chunk: bytes = b"") -> None:
         out = self._shaped(data)
         try:
             if out:
-                self._write(b"%x\r\n%b\r\n" % (len(out), out) if self._framing else out)
+                self._write(framed(out) if self._framing else out)
                 if self._unsent() and not self._blocked:
                     self._block()
         except RuntimeError:

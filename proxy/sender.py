@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from time import monotonic
 from typing import Protocol
 
+from proxy.chunked import framed
 from proxy.errors import HeadraceError
 from proxy.tasks import spawn
 
@@ -103,7 +104,7 @@ class Sender:
             async for piece in pieces:
                 if not await self._wanted(transport):
                     return
-                transport.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                transport.write(framed(piece) if chunked else piece)
                 await drain()
                 self._last_at = monotonic()
         finally:

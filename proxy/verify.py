@@ -13,6 +13,7 @@ from zlib import crc32
 
 import structlog
 
+from proxy.chunked import unframed
 from proxy.errors import Reason
 from proxy.pipe import HEARTBEAT, Pipe
 
@@ -63,7 +64,8 @@ class _WayOut:
     def write(self, frame: bytes) -> None:
         """Push: to the transport."""
         self._write(frame)
-        self.went.add(_unframed(frame) if self._framing else frame)
+        # What is not exactly one chunk is added with its framing, so that it shows.
+        self.went.add(unframed(frame) if self._framing else frame)
 
     async def send(self, data: bytes) -> None:
         """Pull: to aiohttp's writer."""
@@ -88,9 +90,9 @@ class VerifiedPipe(Pipe):
         self._out = out = _WayOut(self._write, self._send, framing=self._framing)
         self._write, self._send = out.write, out.send
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes, chunk: bytes = b"") -> None:
         self._came.add(data)
-        super().feed(data)
+        super().feed(data, chunk)
 
     async def deliver(self, data: bytes) -> None:
         self._came.add(data)
@@ -114,13 +116,3 @@ class VerifiedPipe(Pipe):
                 delivered_bytes=went.size,
             )
         return reason
-
-
-def _unframed(frame: bytes) -> bytes | memoryview:
-    """What is in one chunk (RFC 9112 section 7.1). What is not exactly one is taken as it is: with its
-    framing it is not what came, and so shows."""
-    at = frame.find(b"\r\n")
-    size = len(frame) - at - 4
-    if size > 0 and frame.endswith(b"\r\n") and frame[:at] == b"%x" % size:
-        return memoryview(frame)[at + 2 : -2]
-    return frame
