@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from proxy.control import _MAX_FRAME as MAX
 from proxy.control import Channel, ControlError
 from tests.kit.headrace import until
 
@@ -19,7 +20,7 @@ async def answering(verb: str, payload: Any) -> Any:
         raise ValueError("no such thing")
     if verb == "never":
         await asyncio.Event().wait()
-    return [verb, payload]
+    return [verb, payload, payload] if verb == "twice" else [verb, payload]
 
 
 @asynccontextmanager
@@ -111,3 +112,14 @@ async def test_a_reader_that_sleeps() -> None:
         with pytest.raises(ControlError, match="full"):
             await channel.call("echo")
     await asyncio.wait_for(asyncio.shield(channel.closed), 5)
+
+
+async def test_what_is_too_large_is_not_sent() -> None:
+    """Neither a question nor an answer: the other side would take it for garbage and end the channel."""
+    async with pair() as (near, far, _):
+        assert not near.note("row", "x" * MAX)
+        with pytest.raises(ControlError):
+            await near.call("echo", "x" * MAX)
+        with pytest.raises(ControlError, match="too large"):
+            await near.call("twice", "x" * (MAX // 2))
+        assert await far.call("echo", 1) == ["echo", 1]

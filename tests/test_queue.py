@@ -20,6 +20,7 @@ from tests.kit.callers import Caller, ask
 from tests.kit.desk import Crowd, Desk, question
 from tests.kit.fleet import Fleet, fleet, summed, write
 from tests.kit.headrace import Headrace, running, settings_for, until
+from tests.kit.keys import auth_section, bearer, make_key
 from tests.kit.upstreams import scripted
 
 pytestmark = pytest.mark.timeout(60)
@@ -126,6 +127,34 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
         (line,) = [line for line in here.headrace.log_lines() if line["status"] == 503]
         assert line["reason"] == "rejected"
         await here.empty()
+
+
+async def test_a_callers_own_slot_is_held_while_it_waits(tmp_path: Path) -> None:
+    """Its own slots never wait, but who waits for the machine's counts among them; all come back, whether
+    they were used or not."""
+    key = await make_key(tmp_path, plan="basic")
+    mine = {"auth": auth_section(tmp_path), "plans": {"basic": {"max_in_flight": 3}}}
+    async with office(limits=limits(1), **mine) as here:
+
+        async def left() -> int:
+            head = f"GET /v1/limits HTTP/1.1\r\nHost: h\r\n{bearer(key)}\r\nConnection: close\r\n\r\n"
+            return int((await ask(here.headrace.port, head.encode())).json()["in_flight"]["remaining"])
+
+        here.crowd.ask("first", bearer(key))
+        await until(lambda: here.desk.seen == ["first"])
+        for count, name in enumerate(("leaves", "stays"), 1):
+            here.crowd.ask(name, bearer(key))
+            await until(lambda count=count: here.headrace.state["queued"] == count)
+        answer = await ask(here.headrace.port, question("one more", bearer(key)))
+        assert (answer.status, answer.json()["error"]["code"]) == (429, "too_many_in_flight")
+        here.crowd.leave("leaves")
+        await until(lambda: here.headrace.state["queued"] == 1)
+        assert await left() == 1
+        here.desk.open_all()
+        assert await here.crowd.statuses(["first", "stays"]) == [200, 200]
+        await here.headrace.quiet()
+        assert await left() == 3
+        assert here.desk.seen == ["first", "stays"]
 
 
 async def test_no_room_at_all_means_nobody_waits() -> None:

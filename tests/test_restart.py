@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from proxy import listen
+from proxy.address import Address
+from proxy.shared import Shared
 from tests.kit.callers import Answer, Caller, ask, chat, post
 from tests.kit.fleet import Fleet, alive, fleet
 from tests.kit.headrace import settings_for, until
@@ -177,3 +181,33 @@ async def test_two_in_a_row(tmp_path: Path) -> None:
         await until(lambda: not alive(first), 10)
         assert (await ask(running.port, SHORT)).status == 200
         assert await running.total("headrace_requests_total", 'reason="complete"') == 5
+
+
+async def test_another_address_on_disk() -> None:
+    """What was inherited is kept only if it is still what the configuration says."""
+    first = listen.bind(Address("127.0.0.1", 0))
+    port = first.getsockname()[1]
+    assert listen.keep_or_bind(first, Address("127.0.0.1", port)) is first
+    with listen.keep_or_bind(first, Address("127.0.0.1", port + 1 if port < 65535 else port - 1)) as second:
+        assert first.fileno() == -1
+        assert second.getsockname()[1] != port
+
+
+async def test_every_address() -> None:
+    """Without a host both families are served."""
+    with listen.bind(Address("", 0)) as sock:
+        for host in ("127.0.0.1", "::1") if socket.has_dualstack_ipv6() else ("127.0.0.1",):
+            with socket.create_connection((host, sock.getsockname()[1]), timeout=5):
+                pass
+
+
+def test_counters_are_inherited_while_they_have_room() -> None:
+    """For half of the owners at most: the generation before is still there. A larger crew counts anew."""
+    first = Shared.fresh(2)
+    heir = Shared.inherited(first.bequest(), 2)
+    assert (heir.fd, heir.new, heir.owner(0).number) == (first.fd, False, first.owner(2).number + 1)
+    larger = Shared.inherited(f"{os.dup(first.fd)}:{heir.owner(0).number}:64", 40)
+    assert larger.new
+    assert larger.fd != first.fd
+    for each in (first, larger):
+        each.close()

@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import random
+import resource
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -94,6 +95,14 @@ async def test_a_bucket_gives_its_burst_and_then_its_rate(state: State) -> None:
     assert answers[4].retry_after_s == pytest.approx(1)
     assert (await state.take([charge], NOW + 1.001))[0].allowed
     assert not (await state.take([charge], NOW + 1.002))[0].allowed
+
+
+async def test_nothing_is_asked(state: State) -> None:
+    """Callers need not look whether they have anything to ask."""
+    assert await state.take([], NOW) == await state.peek([], NOW) == []
+    assert await state.spend([], NOW) == await state.peek_spend([], NOW) == []
+    await state.settle([], NOW)
+    await state.settle_spend([], NOW)
 
 
 async def test_charges_are_taken_together_or_not(state: State) -> None:
@@ -544,6 +553,18 @@ def test_without_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
     shared.attach(fd, 0)
     assert os.fstat(fd).st_nlink == 0
     os.close(fd)
+
+
+def test_a_system_without_memory() -> None:
+    """Nothing stays open."""
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            shared.create()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 class Killed(BaseException):

@@ -146,6 +146,14 @@ def test_loopback_stays_loopback(host: str) -> None:
             listen.given_or_bind(sock, parse_address(f"{other}:{port}"), "admin")
 
 
+@pytest.mark.filterwarnings("ignore:.*socket:pytest.PytestUnraisableExceptionWarning")  # the process ends
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_a_socket_that_does_not_listen(kind: int) -> None:
+    """Accept=yes, or ListenDatagram=."""
+    with socket.socket(socket.AF_UNIX, kind) as sock, pytest.raises(StartError, match="does not listen"):
+        systemd._listening(os.dup(sock.fileno()))
+
+
 def test_variables_of_another_process() -> None:
     """Those of a parent that did not clear them are not for us, and not for our children."""
     environ = {"LISTEN_PID": str(os.getpid() + 1), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "HOME": "/"}
