@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -11,10 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import yaml
 
-from proxy import __version__
+from proxy import __version__, cli_serve
+from proxy.errors import StartError
 from tests.kit.callers import Answer, Caller, ask, chat
 from tests.kit.headrace import Command, command, settings_for
 from tests.kit.lab import last_event
@@ -55,6 +58,28 @@ async def stopped(process: Command) -> None:
 
 
 # ── serve ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("workers", "count"), [("2", 2), ("auto", os.cpu_count())])
+async def test_workers(tmp_path: Path, workers: str, count: int) -> None:
+    async with run("serve", *ANYWHERE, "--workers", workers, cwd=tmp_path) as process:
+        _, admin_port = await process.serving()
+        request = b"GET /debug/state HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+        assert (await ask(admin_port, request)).json()["workers"] == count
+        await stopped(process)
+
+
+async def test_workers_that_are_no_number() -> None:
+    async with run("serve", "--workers", "0") as process:
+        assert await process.ended() == 2
+    assert process.err[-1].endswith("--workers: expected a number or auto, got '0'")
+
+
+def test_an_aiohttp_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some installers ignore what a package needs."""
+    monkeypatch.setattr(aiohttp, "__version__", "3.13.3")
+    with pytest.raises(StartError, match=r"aiohttp 3\.13\.3 is too old: pip install 'aiohttp>=3\."):
+        cli_serve._check_installation()
 
 
 async def test_banner(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.kit.callers import Answer, Caller, ask, chat, everything
-from tests.kit.headrace import Command, command, settings_for, until
+from tests.kit.callers import Answer, Caller, ask, chat, everything, post
+from tests.kit.headrace import Command, command, running, settings_for, until
 from tests.kit.lab import Gate, hold, last_event, plays
 from tests.kit.ledger import written
 from tests.kit.upstreams import DONE, END, HEAD, Call, Script, Scripted, chunk, event, scripted
@@ -210,6 +210,18 @@ async def test_a_body_that_is_still_coming(tmp_path: Path) -> None:
             assert (answer.status, answer.json()["error"]["code"]) == (503, "draining")
         assert await lab.ended() < DRAIN_S + 2
         assert [line["reason"] for line in lab.process.requests()] == ["drained"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
+async def test_nobody_begins_any_more(path: str) -> None:
+    """A caller that was kept and asks again when those that were promised an answer have it."""
+    async with running(settings_for("mock:", browser_api={"model": "m"})) as here:
+        here.server.core.refusing = True
+        answer = await ask(
+            here.port, post(path, {"model": "m", "messages": [{"role": "user", "content": "x"}]})
+        )
+        assert (answer.status, answer.json()["error"]["code"]) == (503, "draining")
+        assert "retry-after" in answer.headers
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

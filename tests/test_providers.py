@@ -17,9 +17,11 @@ from proxy.errors import Dialect
 from proxy.mock_behaviour import ProviderName
 from proxy.sse import Scanner
 from proxy.usage import Source, Usage, find_in_json
-from tests.kit.callers import Answer, Caller, ask, post
+from tests.kit.callers import Answer, Caller, ask, chat, everything, post
 from tests.kit.headrace import ROOT, Headrace, running, settings_for, until
-from tests.kit.lab import Way, both, last_event
+from tests.kit.lab import Way, both, lab, last_event, plays, response
+from tests.kit.pool import in_turn
+from tests.kit.upstreams import Call
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -246,6 +248,42 @@ async def test_plain_json_stays_plain(way: Way) -> None:
         assert (await ask(headrace.port, request("openai", STREAM, "plain_json"))).json()["choices"]
     async with headrace_for(way, streams={"wrap_json": True}) as headrace:
         assert (await ask(headrace.port, request("openai", WHOLE))).json()["choices"]
+
+
+LONG = b'{"choices":[{"message":{"role":"assistant","content":"%b"}}]}' % (b"x" * 100_000)
+NO_CHAT = b'{"object":"list","data":"%b"}' % (b"x" * 100_000)
+
+
+@both
+async def test_long_plain_json_as_a_stream(way: Way) -> None:
+    """More than is held of other answers; what is no chat is passed on as it is, half an answer is none."""
+    whole, other = response(200, LONG), response(200, NO_CHAT)
+    scripts = [plays(whole), plays(other), plays(whole[:90_000], Call.close), plays(whole[:900], Call.close)]
+    async with lab(in_turn(*scripts), way, streams={"wrap_json": True}) as it:
+        answer = await ask(it.port, chat())
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.body.count(b"x") >= 100_000
+        assert answer.body.endswith(b"\n\ndata: [DONE]\n\n")
+        await it.ended("complete", 1)
+        assert (await ask(it.port, chat())).body == NO_CHAT
+        await it.ended("complete", 2)
+        for count in (3, 4):
+            answer = await ask(it.port, chat())
+            assert answer.status == 502
+            assert (await it.line(count))["reason"] in ("upstream_cut", "upstream_error")  # by way
+        await it.headrace.quiet()
+
+
+@both
+async def test_plain_json_behind_heartbeats(way: Way) -> None:
+    """After a 200 and comments a stream is owed: what cannot be made one breaks it off."""
+    script = plays(0.4, response(200, NO_CHAT))
+    streams = {"wrap_json": True, "commit_after": 0.1, "heartbeat": 0.1}
+    async with lab(script, way, streams=streams) as it:
+        answer = await everything(it.port, chat())
+        assert (answer.status, answer.clean) == (200, False)
+        assert last_event(answer)["error"]["code"] == "upstream_invalid_response"
+        await it.ended("upstream_error")
 
 
 # ── signs of life are no answer ──────────────────────────────────────────────────────────────────────────

@@ -938,10 +938,14 @@ async def test_caller_that_does_not_read() -> None:
 
 
 @pytest.mark.alone
-async def test_upstream_that_does_not_read() -> None:
-    """Holds back the caller; after `idle` it has stalled."""
+@pytest.mark.parametrize("talks", [False, True])
+async def test_upstream_that_does_not_read(talks: bool) -> None:
+    """Holds back the caller; after `idle` it has stalled, even if it goes on to talk."""
 
     async def script(talk: Talk) -> None:
+        while talks:
+            await talk.ws.send_str("still here")
+            await asyncio.sleep(0.1)
         await asyncio.Event().wait()
 
     async with sessions(script, upstream={"timeouts": {"idle": 1}}) as it:
