@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from proxy.endpoints import TABLE, Endpoint, Model
 from proxy.errors import REFUSALS
@@ -154,6 +155,22 @@ async def test_a_fault_of_our_own(
     assert said[0]["request_id"] == answer.headers["x-request-id"]
     assert re.search(r"middleware/auth\.py:\d+ _identify$", said[0]["where"][-1])
     assert "no attribute" not in str(said)
+
+
+async def test_aiohttps_own_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its private names have changed it serves by itself: requests, a reload, a drain."""
+    monkeypatch.setattr(web.Request, "ATTRS", web.Request.ATTRS - {"_match_info"})
+    async with both() as (headrace, upstream):
+        server = headrace.server
+        assert server._runner is not None
+        assert server._runner.listener is None
+        for _ in range(2):
+            assert (await ask(headrace.port, plain())).status == 200
+            await server.prepare(server.core.config)
+            server.commit()
+        await server.drain(5, asyncio.Event())
+        assert len(upstream.calls) == 2
+        await headrace.quiet()
 
 
 # ── the allow-list ───────────────────────────────────────────────────────────────────────────────────────

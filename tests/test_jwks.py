@@ -18,7 +18,7 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
-from proxy import config, identity, keys
+from proxy import config, identity, jwks, keys
 from proxy.authenticator import Authenticator
 from proxy.errors import InvalidCredential, InvalidToken, StartError
 from proxy.jwks import Jwks
@@ -104,12 +104,12 @@ async def service() -> AsyncIterator[Service]:
 
 @asynccontextmanager
 async def following(url: str, **options: Any) -> AsyncIterator[Jwks]:
-    jwks = Jwks(url, ("RS256", "ES256"), **options)
-    await jwks.start()
+    made = Jwks(url, ("RS256", "ES256"), **options)
+    await made.start()
     try:
-        yield jwks
+        yield made
     finally:
-        await jwks.close()
+        await made.close()
 
 
 @asynccontextmanager
@@ -418,3 +418,15 @@ async def test_a_token_of_the_command_is_let_in(tmp_path: Path) -> None:
         issued = issue(settings, "bob", "pro", "24h", time.time())
         principal = await authenticator.identify(issued, time.time() + 86_000)
         assert (principal.name, principal.plan) == ("jwt:headrace|bob", "pro")
+
+
+async def test_a_service_that_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked again without anybody's token."""
+    monkeypatch.setattr(jwks, "_RETRY_S", 0.05)
+    service = Service()
+    service.answer = service.say(b"", 503)
+    async with served(service), following(service.url) as found:
+        assert found.failing
+        service.answer = service.publish(old=OLD_KEY)
+        await until(lambda: not found.failing)
+        assert service.requests > 1

@@ -23,6 +23,7 @@ from structlog.testing import capture_logs
 from tests.kit.callers import ask, chat
 from tests.kit.fleet import fleet
 from tests.kit.headrace import ROOT, running, settings_for, until
+from tests.kit.keys import auth_section, bearer, make_key
 from tests.kit.ledger import by_id, opened, row, written
 
 pytestmark = pytest.mark.timeout(60)
@@ -186,6 +187,22 @@ async def test_damaged(tmp_path: Path) -> None:
         await until(lambda: ledger.pending == 0, 20)
         assert written(path) == by_id(rows[1:])
         assert written(tmp_path / "kept-l.db") == rows[:1]
+
+
+async def test_a_callers_usage_of_a_damaged_file(tmp_path: Path) -> None:
+    """Unknown is not nothing: 503, and the requests themselves go on."""
+    key = await make_key(tmp_path)
+    ledger = {"ledger": {"database": f"sqlite:{tmp_path}/l.db"}, "auth": auth_section(tmp_path)}
+    async with running(settings_for("mock:", **ledger)) as here:
+        for file in ("l.db", "l.db-wal", "l.db-shm"):
+            (tmp_path / file).rename(tmp_path / f"kept-{file}")
+        (tmp_path / "l.db").write_bytes(b"no database" * 500)
+        head = f"GET /v1/usage HTTP/1.1\r\nHost: h\r\n{bearer(key)}\r\nConnection: close\r\n\r\n"
+        answer = await ask(here.port, head.encode())
+        assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
+        assert (await ask(here.port, chat(bearer(key)))).status == 200
+        (tmp_path / "l.db").unlink()
+        await until(lambda: here.state["ledger_pending"] == 0, 20)
 
 
 # A writer that says which rows are safe: what it has said must be there, whenever it is killed.

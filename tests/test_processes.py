@@ -7,6 +7,8 @@ import collections
 import json
 import os
 import signal
+import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import trustme
 
+from proxy.state import memory
 from tests.kit.callers import Answer, Caller, ask, chat, everything
 from tests.kit.fleet import LOOK_EVERY_S, Fleet, Scraper, alive, fleet, samples, scraped, summed
 from tests.kit.headrace import ROOT, command, settings_for, until
@@ -691,3 +694,27 @@ async def test_scrapes_see_each_other(tmp_path: Path) -> None:
                 scraper.look(samples(pages[totals.index(min(totals))]))
             await running.settle()
         assert not scraper.backwards, scraper.backwards
+
+
+async def test_a_worker_that_is_told_nothing() -> None:
+    """Its supervisor died, or changed its mind, before its first word: it ends, without one of its own."""
+    ours, control = socket.socketpair()
+    with ours, control, socket.create_server(("127.0.0.1", 0)) as listener:
+        fds = [control.fileno(), listener.fileno(), memory.create()]
+        worker = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy", "worker", *map(str, fds)),
+            cwd=ROOT,
+            pass_fds=fds,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        os.close(fds[-1])
+        control.close()
+        ours.close()
+        try:
+            async with asyncio.timeout(20):
+                assert await worker.communicate() == (b"", None)
+        finally:
+            if worker.returncode is None:
+                worker.kill()
+        assert worker.returncode == 0

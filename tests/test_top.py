@@ -354,14 +354,16 @@ class Terminal:
 
 
 @asynccontextmanager
-async def terminal(*words: str, cwd: Path, columns: int = 120) -> AsyncIterator[Terminal]:
+async def terminal(
+    *words: str, cwd: Path, columns: int = 120, keyboard: bool = True
+) -> AsyncIterator[Terminal]:
     master, slave = pty.openpty()
     before = termios.tcgetattr(slave)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "proxy", *words),
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=slave,
+        stdin=slave if keyboard else asyncio.subprocess.DEVNULL,
         stdout=slave,
         stderr=slave,
     )
@@ -400,6 +402,18 @@ async def test_live(tmp_path: Path, how: str) -> None:
         await it.shows(lambda seen: seen.endswith(b"\x1b[?25h\x1b[?1049l"))
         assert it.shown.startswith(b"\x1b[?1049h\x1b[?25l")
         assert b"\x1b[7mSTREAM" in it.shown
+
+
+async def test_live_without_a_keyboard(tmp_path: Path) -> None:
+    """As from a script: it shows, and ends by a signal."""
+    async with (
+        running(settings_for("mock:")) as here,
+        terminal("top", "--admin", here.admin_url, cwd=tmp_path, keyboard=False) as it,
+    ):
+        await it.shows(lambda seen: b"0 running" in seen)
+        it.process.send_signal(signal.SIGTERM)
+        assert await it.ended() == 0
+        assert termios.tcgetattr(it.slave) == it.before
 
 
 async def test_live_adapts_and_outlives_the_server(tmp_path: Path) -> None:
