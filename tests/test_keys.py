@@ -18,12 +18,14 @@ import msgspec
 import pytest
 import structlog
 
+from proxy import stores
 from proxy.errors import StartError
 from proxy.identity import KeyRecord
 from proxy.keys import POLL_S, KeyCache, load_pepper
 from proxy.keystore import open_store, opened
 from proxy.keystore.base import Cursor, IdTaken, KeyStore, KeyStoreFailed, NewSecret
-from tests.kit.headrace import ROOT, until
+from proxy.schema import Limits
+from tests.kit.headrace import ROOT, end, until
 from tests.kit.redis import RedisServer, redis_server
 
 NOW = 1_800_000_000.0
@@ -83,8 +85,7 @@ async def python(code: str, *arguments: str) -> AsyncIterator[asyncio.subprocess
     try:
         yield process
     finally:
-        if process.returncode is None:
-            process.kill()
+        await end(process.send_signal, lambda: process.returncode is not None)
         await process.communicate()
 
 
@@ -386,18 +387,35 @@ NO_REDIS = """
 sys.modules["redis"] = None
 from proxy.errors import StartError
 from proxy.keystore import open_store
+from proxy.schema import Limits
+from proxy.stores import _guarded
 
 async def main():
-    try:
-        open_store("redis://127.0.0.1:1")
-    except StartError as error:
-        print(error)
+    url = "redis://127.0.0.1:1"
+    for make in (lambda: open_store(url), lambda: _guarded(Limits(store=url), None, None)):
+        try:
+            make()
+        except StartError as error:
+            print(error, flush=True)
 """
 
 
 async def test_redis_without_its_client_names_the_extra() -> None:
     async with python(NO_REDIS) as process:
-        assert await line(process) == "auth.database: Redis needs its client: pip install 'headrace[redis]'"
+        for key in ("auth.database", "limits.store"):
+            assert await line(process) == f"{key}: Redis needs its client: pip install 'headrace[redis]'"
+
+
+def test_addresses_that_no_client_takes() -> None:
+    """What the configuration's check let pass; no password is shown."""
+    url = "redis://user:hunter2@127.0.0.1/0?health_check_interval=x"
+    limits = Limits(store=url)
+    for make in (lambda: open_store(url), lambda: stores._guarded(limits, None, lambda _: None)):  # type: ignore[arg-type]
+        with pytest.raises(StartError, match="health_check_interval") as caught:
+            make()
+        assert "hunter2" not in str(caught.value)
+    with pytest.raises(StartError, match="expected sqlite:PATH"):
+        open_store("mysql://h")
 
 
 # ── SQLite files ────────────────────────────────────────────────────────────────────────────────────────

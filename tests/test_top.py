@@ -21,7 +21,7 @@ import pytest
 from proxy import top
 from tests.kit.callers import Caller, ask, chat
 from tests.kit.fleet import Fleet, fleet
-from tests.kit.headrace import ROOT, command, running, settings_for, until
+from tests.kit.headrace import ROOT, command, end, running, settings_for, until
 from tests.kit.keys import auth_section, bearer, make_key
 from tests.kit.lab import hold, plays, response
 from tests.kit.upstreams import DONE, END, HEAD, Call, chunk, event, scripted
@@ -374,8 +374,7 @@ async def terminal(
     try:
         yield it
     finally:
-        if process.returncode is None:
-            process.kill()
+        await end(process.send_signal, lambda: process.returncode is not None)
         await process.wait()
         loop.remove_reader(master)
         os.close(master)
