@@ -75,11 +75,6 @@ class Upload:
         return not self._incoming.given
 
     @property
-    def finished(self) -> bool:
-        """Has the caller sent it all? If not, its connection cannot serve another request."""
-        return self._incoming.finished
-
-    @property
     def waiting(self) -> bool:
         """Is it the caller whom everybody waits for?"""
         return self._incoming.waiting
