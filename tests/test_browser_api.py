@@ -771,6 +771,15 @@ def test_errors_are_not_rewritten() -> None:
 # ── without a key, on a plan ─────────────────────────────────────────────────────────────────────────────
 
 
+async def test_where_it_is_off_nobody_asks(tmp_path: Path) -> None:
+    """As with any path that is not there; no key is asked for, and no address is charged."""
+    async with lab(SHORT, WAY, auth={"mode": "required", "database": f"sqlite:{tmp_path}/keys.db"}) as it:
+        for path in (STREAM, CHAT):
+            answer = await ask(it.port, post(path, QUESTION))
+            assert (answer.status, answer.json()["error"]["code"]) == (404, "not_found")
+        assert it.upstream.calls == []
+
+
 async def test_an_address_is_a_caller(tmp_path: Path) -> None:
     """Where keys are required none is asked for here; the plan is the configured one, for each address."""
     sections = {

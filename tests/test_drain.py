@@ -212,6 +212,20 @@ async def test_a_body_that_is_still_coming(tmp_path: Path) -> None:
         assert [line["reason"] for line in lab.process.requests()] == ["drained"]
 
 
+async def test_who_was_accepted_is_answered() -> None:
+    """A connection that has said nothing yet when the listener closes: no other process will see it."""
+    async with running(settings_for("mock:")) as here, await Caller.connect(here.port) as caller:
+        await until(lambda: here.server._runner.listener.has_fresh())  # type: ignore[union-attr]
+        draining = asyncio.ensure_future(here.server.drain(10, asyncio.Event()))
+        await until(lambda: here.server.core.draining)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await asyncio.shield(draining)  # for a second at most it waits for the request
+        answer = await caller.ask(post("/v1/chat/completions", {"model": "m", "messages": []}))
+        assert (answer.status, answer.headers["connection"]) == (200, "close")
+        await draining
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
 async def test_nobody_begins_any_more(path: str) -> None:
     """A caller that was kept and asks again when those that were promised an answer have it."""

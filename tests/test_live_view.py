@@ -20,7 +20,9 @@ from playwright.async_api import Browser, Locator, Page, ViewportSize, expect
 
 from proxy import live_view
 from proxy.admin_guard import challenge, from_elsewhere, host_is_local, token_offered
+from proxy.config import parse
 from proxy.live_feed import MAX_READERS, Feed
+from proxy.metrics import Metrics
 from tests.kit.callers import Caller, ask, chat
 from tests.kit.fleet import alive, fleet
 from tests.kit.headrace import Headrace, running, settings_for, until
@@ -520,3 +522,11 @@ async def shows_the_town(it: Desk) -> None:
     for words in ("Ejected", "Full", "Error status, "):
         await expect(it.at("upstreams-rows")).to_contain_text(words)
     await expect(it.at("queue-note")).to_contain_text("longest")
+
+
+async def test_refusals_by_limit() -> None:
+    """Those that have refused anybody."""
+    metrics = Metrics("1")
+    for scope, result in (("key", "refused"), ("key", "refused"), ("ip", "allowed")):
+        metrics.limit_decisions.add((scope, result))
+    assert live_view.limits(parse("upstreams: {}", "FILE", {}), metrics, []).refused == {"key": 2}

@@ -275,6 +275,20 @@ async def test_long_plain_json_as_a_stream(way: Way) -> None:
 
 
 @both
+async def test_a_reader_that_does_not_take_its_end(way: Way) -> None:
+    """All of it goes out at once, so it is the end that waits for him."""
+    whole = response(200, b'{"choices":[{"message":{"content":"%b"}}]}' % (b"x" * 8_000_000))
+    settings: dict[str, Any] = {"streams": {"wrap_json": True}, "timeouts": {"write": 0.5}}
+    async with (
+        lab(plays(whole), way, **settings) as it,
+        await Caller.connect(it.port, receive_buffer=4096) as caller,
+    ):
+        await caller.send(chat())
+        assert (await caller.head()).status == 200
+        await it.ended("client_gone")
+
+
+@both
 async def test_plain_json_behind_heartbeats(way: Way) -> None:
     """After a 200 and comments a stream is owed: what cannot be made one breaks it off."""
     script = plays(0.4, response(200, NO_CHAT))

@@ -165,6 +165,17 @@ async def test_a_generation_that_cannot_start(tmp_path: Path) -> None:
         assert alive(heir)
 
 
+async def test_two_at_once(tmp_path: Path) -> None:
+    """One hands over; the other is told so, and nothing else becomes of it."""
+    async with fleet(tmp_path, settings_for("mock:", workers=1)) as running:
+        answers = await asyncio.gather(*(running.admin("POST", "/admin/restart") for _ in range(2)))
+        assert sorted(answer.status for answer in answers) == [200, 409]
+        (refused,) = (answer for answer in answers if answer.status == 409)
+        assert "under way" in refused.json()["error"]["message"]
+        assert await gone(running) == 0
+        assert (await ask(running.port, SHORT)).status == 200
+
+
 async def test_two_in_a_row(tmp_path: Path) -> None:
     """The heir can hand over as well; the figures of all generations are still there."""
     async with (

@@ -602,6 +602,26 @@ async def test_an_error_inside_the_stream(way: Way) -> None:
 
 
 @both
+async def test_an_error_inside_the_stream_and_a_break(way: Way) -> None:
+    """The upstream has said itself what happened: nothing is added, and it does not look whole."""
+    said = b'data: {"error":{"message":"overloaded","type":"server_error"}}\n\n'
+    async with lab(plays(HEAD, chunk(A), chunk(said), 0.05, Call.close), way) as it:
+        answer = await everything(it.port, chat())
+        assert (answer.body, answer.clean) == (A + said, False)
+        await it.ended("upstream_error")
+
+
+@both
+async def test_a_stream_with_a_bad_status(way: Way) -> None:
+    """It passes as it is; complete it is not."""
+    async with lab(plays(HEAD.replace(b"200 OK", b"500 No"), chunk(A + DONE), END), way) as it:
+        answer = await ask(it.port, chat())
+        assert (answer.status, answer.clean) == (500, True)
+        assert answer.body == A + DONE
+        await it.ended("upstream_error")
+
+
+@both
 async def test_an_error_inside_a_message_stream(way: Way) -> None:
     """Anthropic's error event is one too."""
     said = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"x"}}\n\n'
