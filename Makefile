@@ -15,7 +15,7 @@ SIDE_BY_SIDE := -n 4 --dist worksteal
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all test-hostile test-faults soak check bench bench-check fuzz sbom lock fmt clean
+.PHONY: help run test test-all test-hostile test-faults soak coverage check bench bench-check fuzz sbom lock fmt clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,14 @@ test-faults: $(VENV)/test.stamp ## every fault, as a table
 
 soak: $(VENV)/test.stamp ## ten minutes of mixed load (SOAK_S=60: a minute): fails if memory, descriptors or tasks grow
 	@$(BIN)/python -m tests.soak $(or $(SOAK_S),600)
+
+coverage: $(VENV)/test.stamp $(VENV)/coverage.extra ## branch coverage of proxy/; every gap has its reason in tests/coverage_gaps.toml
+	@rm -rf .coverage
+	$(BIN)/python -m coverage run -m pytest $(SIDE_BY_SIDE) -m "not slow and not alone"
+	$(BIN)/python -m coverage run -m pytest -m "not slow and alone"
+	@$(BIN)/python -m coverage combine -q
+	@$(BIN)/python -m coverage json -q -o .coverage/report.json
+	@$(BIN)/python -m tests.kit.gaps .coverage/report.json
 
 check: $(VENV)/test.stamp ## lint, format and types
 	$(BIN)/ruff check .
@@ -66,7 +74,7 @@ fmt: $(VENV)/test.stamp ## format in place
 	$(BIN)/ruff format .
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz headrace.cdx.json *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz .coverage headrace.cdx.json *.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

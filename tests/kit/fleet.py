@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from tests.kit.callers import Answer, Caller, ask
-from tests.kit.headrace import LEVELS, ROOT, Command, command
+from tests.kit.headrace import LEVELS, ROOT, Command, command, end
 
 _MARK = "HEADRACE_TEST_FLEET"
 #: Between two looks at what only changes in milliseconds: a loop without it takes the processor from those
@@ -90,6 +90,12 @@ class Fleet:
                 if wanted in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0") and alive(int(entry)):
                     found.append(int(entry))
         return sorted(found)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To every one of them."""
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def workers(self, front: int | None = None) -> list[int]:
         """The worker processes of a front (of the first one)."""
@@ -198,10 +204,8 @@ async def fleet(
             running.port, running.admin_port = await process.serving()
             yield running
         finally:
-            while left := running.processes():
-                for pid in left:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+            while running.processes():
+                await end(running.signal, lambda: not running.processes())
                 await asyncio.sleep(0.01)
 
 
