@@ -529,4 +529,6 @@ async def test_refusals_by_limit() -> None:
     metrics = Metrics("1")
     for scope, result in (("key", "refused"), ("key", "refused"), ("ip", "allowed")):
         metrics.limit_decisions.add((scope, result))
-    assert live_view.limits(parse("upstreams: {}", "FILE", {}), metrics, []).refused == {"key": 2}
+    assert live_view.limits(
+        parse("upstreams: {up: {base_url: 'mock:'}}", "FILE", {}), metrics, []
+    ).refused == {"key": 2}

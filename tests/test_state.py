@@ -528,6 +528,14 @@ async def test_a_lock_dies_with_its_holder(memory: Store) -> None:
         await _visit(state)
 
 
+async def test_a_clock_that_jumped_back(memory: Store) -> None:
+    """Nobody waits for the jump: at most for what was taken, as if it had been taken now."""
+    state, charges = memory.state(), [Charge("b", 60, 1, 1)]
+    assert (await state.take(charges, NOW + 1000))[0].allowed
+    assert not (await state.take(charges, NOW))[0].allowed
+    assert (await state.take(charges, NOW + 2.1))[0].allowed
+
+
 def test_other_files_are_refused() -> None:
     """With a sentence, not with a crash later."""
     fd = os.memfd_create("other")

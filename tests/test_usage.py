@@ -200,6 +200,14 @@ def mock_stream(route: str, behaviour: mock.Behaviour = mock.NORMAL, **body: Any
         pytest.param(
             ANTHROPIC, message_start(input_tokens=5, output_tokens=1), None, id="a first guess is no report"
         ),
+        pytest.param(
+            ANTHROPIC,
+            data({"type": "message_start", "message": {"usage": None}}, "message_start")
+            + message_delta(input_tokens=5, output_tokens=7)
+            + STOP,
+            reported(5, 7),
+            id="none at the start",
+        ),
         pytest.param(ANTHROPIC, message_delta(output_tokens=7), None, id="half a report is none"),
         pytest.param(
             RESPONSES,

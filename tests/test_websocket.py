@@ -1020,6 +1020,7 @@ WRONG = {
     '{"response":{"model":"m"},"response":{"model":"other"}}': "duplicate_key",
     '{"response":{"model":"m"},"respons\\u0065":{"model":"other"}}': "duplicate_key",
     '{"response":{"model":"m","model":"other"}}': "duplicate_key",
+    '{"model":"m","pad":"%s","response":{"model":"m"}}' % ("x" * 2**20): "bad_request",
     "[]": "invalid_json",
     "{": "invalid_json",
     "": "invalid_json",
