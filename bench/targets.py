@@ -266,6 +266,18 @@ class Target:
         figures["resident_kib"], figures["peak_kib"] = before_kib, peak_kib
         return figures
 
+    def watch(self, after_s: float, for_s: float, **flags: Any) -> dict[str, Any]:
+        """The same load; `cpu_s` is that of a window of it, and `window_s` how long that was."""
+        generator = subprocess.Popen(
+            self.load_command(**flags), cwd=machine.REPOSITORY, stdout=subprocess.PIPE, text=True
+        )
+        time.sleep(after_s)
+        cpu_s, began = machine.cpu_seconds(self.pids), time.monotonic()
+        time.sleep(for_s)
+        cpu_s, window_s = machine.cpu_seconds(self.pids) - cpu_s, time.monotonic() - began
+        said, _ = generator.communicate()
+        return {**json.loads(said), "cpu_s": cpu_s, "window_s": window_s}
+
 
 def names() -> list[str]:
     """All peers that have a folder."""
