@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 
+import pytest
 import trustme
 
 from tests.kit.callers import Caller, ask, chat, everything, post
@@ -181,3 +183,26 @@ async def test_silent_tls_callers_are_timed() -> None:
             caller = await Caller.connect(headrace.port)
             assert await caller.reader.read() == b""
             caller.leave()
+
+
+@both
+async def test_a_reset_waits_for_who_still_reads(way: Way) -> None:
+    """HTTP/1.0, and all of it in the kernel when the stream breaks: a reset at once would take it back."""
+    events = b"".join(event(f"{number:05} {'x' * 80}") for number in range(1500))
+    loop, raw = asyncio.get_running_loop(), bytearray()
+    async with lab(plays(HEAD, chunk(events), 0.05, Call.close), way) as it, asyncio.timeout(10):
+        with socket.socket() as sock:
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await loop.sock_connect(sock, ("127.0.0.1", it.port))
+            await loop.sock_sendall(sock, chat(version="1.0"))
+            raw += await loop.sock_recv(sock, 1000)
+            await asyncio.sleep(0.3)  # it is behind, and the stream has broken
+            was_reset = False
+            while not was_reset:
+                try:
+                    raw += await loop.sock_recv(sock, 65536) or pytest.fail("a clean end")
+                except ConnectionResetError:
+                    was_reset = True
+        assert events in raw
+        await it.ended("upstream_cut")
