@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 from proxy.control import Channel
@@ -464,6 +465,22 @@ async def test_thousands_come_and_leave_at_any_instant(house: House, seed: int) 
     assert ended["served"] > 200
     assert ended["left"] > 50
     assert any(verb == "queue.granted" for worker in workers for verb, _ in worker.said)
+
+
+async def test_a_grant_that_cannot_be_said(house: House) -> None:
+    """To a worker that does not read: the slots are free again, and the note finds nobody."""
+    ours, theirs = socket.socketpair()
+    near = await open_channel(ours, lambda *_: None)
+    with theirs:
+        door = Door(near, house.room)
+        while near.note("row", "x" * 1_000_000):
+            pass
+        door.heard("queue.enter", msgspec.to_builtins((1, WANTED, BASIC)))
+        await until(lambda: not door._entering)
+        assert door.held == 0
+        await house.becomes([0, 0], MACHINE, ONE)
+        await (await house.room.enter(WANTED, BASIC)).release()
+    await asyncio.wait_for(asyncio.shield(near.closed), 5)
 
 
 async def test_a_worker_is_killed(house: House) -> None:
