@@ -390,6 +390,7 @@ async def test_live(tmp_path: Path, how: str) -> None:
     ):
         await it.shows(lambda seen: b"2 running, 2 streaming" in seen)
         assert termios.tcgetattr(it.slave) != it.before
+        os.write(it.master, b"x")  # means nothing
         callers[0].leave()
         await it.shows(lambda seen: b"1 running, 1 streaming" in seen)
         if how == "q":

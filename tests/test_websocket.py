@@ -975,6 +975,7 @@ async def test_responses(path: str) -> None:
     async with sessions(echo) as it:
         async with speaking(it.headrace, path) as ws:
             await ws.ping()
+            await ws.pong()
             for message in (first, create(input="2"), '{"type":"response.cancel"}'):
                 await ws.send_str(message)
                 assert await ws.receive_str() == message
