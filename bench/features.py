@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ import uvloop
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
-from bench import machine, report, targets
+from bench import machine, marked, report, targets
 from bench.micro_tap import CHUNKS, STREAM_KINDS, STREAMS, ask_all, best, feed_all
 from proxy import __version__, config, endpoints, identity, key_commands, log
 from proxy.admission import Admission
@@ -55,9 +56,12 @@ from proxy.verify import VerifiedPipe
 
 # By its full name: the package has the function of the same name.
 cors = importlib.import_module("proxy.middleware.cors")
+guard = importlib.import_module("proxy.middleware.guard").guard
 observe = importlib.import_module("proxy.middleware.observe").observe
 request_id = importlib.import_module("proxy.middleware.request_id").request_id
 
+RESULTS = report.RESULTS / "features.json"
+PAGE = machine.REPOSITORY / "docs" / "scale.md"
 _CONFIG = """
 auth: {{mode: required, database: "sqlite:{folder}/keys.db"}}
 upstreams: {{u: {{base_url: "http://127.0.0.1:1/v1"}}}}
@@ -241,6 +245,16 @@ async def price_of_request_id(settings: config.Config, times: int) -> Price:
     )
 
 
+async def price_of_guard(settings: config.Config, times: int) -> Price:
+    """Of a good request: nothing of it is refused."""
+    core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]  # a part of it is enough
+    request = make_request(core)
+    price = await each(lambda: guard(request, answered), times)
+    return Price(
+        "guard: what nobody should send is refused", price - await each(lambda: answered(request), times)
+    )
+
+
 async def price_of_cors(settings: config.Config, times: int) -> Price:
     """A page's request: the fields of its answer."""
     core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]  # a part of it is enough
@@ -362,6 +376,7 @@ async def prices(times: int) -> AsyncIterator[Price]:
 
         usual = settings("memory")
         yield await price_of_request_id(usual, times)
+        yield await price_of_guard(usual, times)
         yield await price_of_cors(usual, times)
         yield await price_of_auth(usual, times)
         yield await price_of_limits(usual, times)
@@ -384,8 +399,30 @@ def table(found: list[Price]) -> Iterator[str]:
     yield f"{'microseconds of CPU':<48}{'request':>9}{'stream':>9}{'chunk':>9}{'waits':>9}"
     for price in found:
         cells = (price.request, price.stream, price.chunk, price.waits)
-        texts = ["" if cell is None else f"{cell:.2f}" if cell < 10 else f"{cell:.0f}" for cell in cells]
-        yield f"{price.feature:<48}" + "".join(f"{text:>9}" for text in texts) + f"  {price.remark}".rstrip()
+        texts = "".join(f"{_cell(cell):>9}" for cell in cells)
+        yield f"{price.feature:<48}{texts}  {price.remark}".rstrip()
+
+
+def section(document: dict[str, Any] | None) -> str:
+    """What docs/scale.md says of the committed run."""
+    if document is None:
+        return "No figures yet: `python -m bench.features` measures them and puts them here.\n"
+    rows = ["| microseconds of CPU | a request | a stream | a chunk | waits | |", "|---|--:|--:|--:|--:|---|"]
+    for price in (Price(**fields) for fields in document["prices"]):
+        cells = " | ".join(map(_cell, (price.request, price.stream, price.chunk, price.waits)))
+        rows.append(f"| {price.feature} | {cells} | {price.remark} |")
+    return "\n".join([*rows, "", report.headline(document), ""])
+
+
+def page(text: str, results: Path = RESULTS) -> str:
+    """docs/scale.md with that part written anew."""
+    return marked.put(
+        text, "features", section(json.loads(results.read_text()) if results.exists() else None)
+    )
+
+
+def _cell(cost: float | None) -> str:
+    return "" if cost is None else f"{cost:.2f}" if cost < 10 else f"{cost:.0f}"
 
 
 def main() -> None:
@@ -395,8 +432,15 @@ def main() -> None:
     found = uvloop.run(measure(500 if arguments.quick else 5000))
     print("\n".join(table(found)))
     report.RESULTS.mkdir(exist_ok=True)
-    document = {"machine": machine.describe(), "prices": [price._asdict() for price in found]}
-    (report.RESULTS / "features.json").write_text(json.dumps(document, indent=1) + "\n")
+    document = {
+        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "rounds": _ROUNDS,
+        "quick": arguments.quick,
+        "prices": [price._asdict() for price in found],
+    }
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    PAGE.write_text(page(PAGE.read_text()))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import report
+from bench import marked, report
 from bench.rounds import ratios
 
 _README = Path(__file__).resolve().parents[1] / "README.md"
 #: The committed runs; latest.json may be anybody's. Of other gateways fewer things are measured.
 RESULTS = report.RESULTS / "baseline.json"
 PEERS = report.RESULTS / "peers.json"
-_MARKS = ("<!-- goals -->\n", "<!-- /goals -->\n")
 #: With a key, a plan, limits, metrics, log, ledger, heartbeat and timers on.
 _OURS = "headrace-full"
 #: Flat, as far as it can be measured.
@@ -163,11 +162,7 @@ def read(results: Path = RESULTS) -> Document | None:
 
 def page(readme: str, document: Document | None, peers: Document | None = None) -> str:
     """The README with its section written anew."""
-    before, mark, rest = readme.partition(_MARKS[0])
-    _, end, after = rest.partition(_MARKS[1])
-    if not (mark and end):
-        raise ValueError("README.md has no <!-- goals --> and <!-- /goals -->")
-    return before + mark + section(document, peers) + end + after
+    return marked.put(readme, "goals", section(document, peers))
 
 
 def main() -> None:

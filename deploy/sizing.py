@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from bench import marked
+
 _ROOT = Path(__file__).resolve().parents[1]
 PAGE = _ROOT / "docs" / "scale.md"
 #: The committed run; latest.json may be anybody's, and of a part.
@@ -21,7 +23,6 @@ RESULTS = _ROOT / "bench" / "results" / "baseline.json"
 _PEER = "headrace-full"
 #: Of a core: above that waiting grows faster than load (a queue that is 70 % busy waits 2.3 services).
 BUSY = 0.7
-_MARKS = ("<!-- sizing -->\n", "<!-- /sizing -->\n")
 _NONE = "No figures yet: `make bench` measures them, `python -m deploy.sizing` puts them here.\n"
 #: Chunks a second of a stream: a slow model, a usual one, a fast one.
 _PACES = (20, 50, 100)
@@ -121,10 +122,9 @@ def claims(results: Path, costs: Costs) -> str:
 
 def page(text: str, results: Path = RESULTS) -> str:
     """The page with the table of these results, or without one until there are any."""
-    begin, end = (text.index(mark) for mark in _MARKS)
     costs = read(results)
     inner = _NONE if costs is None else table(costs) + "\n" + claims(results, costs)
-    return text[: begin + len(_MARKS[0])] + inner + text[end:]
+    return marked.put(text, "sizing", inner)
 
 
 def main() -> int:

@@ -243,6 +243,12 @@ def test_the_readme_has_the_figures_of_the_committed_run() -> None:
     assert goals.page(readme, goals.read(), goals.read(goals.PEERS)) == readme
 
 
+def test_the_page_on_scale_has_the_prices_of_the_committed_run() -> None:
+    """`python -m bench.features` writes them. Asked in a process of its own: it brings the whole proxy."""
+    asks = "from bench.features import PAGE, page as made; text = PAGE.read_text(); assert made(text) == text"
+    assert subprocess.run([sys.executable, "-c", asks], cwd=machine.REPOSITORY).returncode == 0
+
+
 def a_run(ours: float, nginx: float) -> dict[str, Any]:
     def figures(value: float) -> dict[str, Any]:
         return {"figures": {"chunk_400_us": {"median": value, "min": value, "max": value, "values": [value]}}}
