@@ -9,7 +9,7 @@ from collections import Counter
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.routing import DEFAULT_REST_S, Rotation, Turns, fallbacks, pick
@@ -83,6 +83,7 @@ def test_under_equal_load_picks_follow_the_weights(weights: tuple[float, ...], l
     assert shares(pool) == pytest.approx([weight / sum(weights) for weight in weights], abs=0.018)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=2, max_size=5), SEEDS)
 def test_idle_picks_follow_any_weights(weights: list[int], seed: int) -> None:
     """2,000 picks have a deviation below 0.0112."""

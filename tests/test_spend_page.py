@@ -18,7 +18,7 @@ import pytest
 from proxy import spend_page
 from proxy.ledger_read import Group, Sums
 from tests.kit.callers import ask
-from tests.kit.headrace import running, settings_for
+from tests.kit.headrace import running, settings_for, until
 from tests.kit.ledger import opened, row, unknown
 from tests.test_admin import fetch
 
@@ -134,6 +134,8 @@ async def test_a_ledger_that_cannot_be_read(tmp_path: Path) -> None:
     """A line in JSON that says so, and nothing else happens."""
     path = tmp_path / "l.db"
     async with running(settings_for("mock:", ledger={"database": f"sqlite:{path}"})) as headrace:
+        ledger = headrace.server.core.ledger
+        await until(lambda: ledger._waiting)  # its thread has looked at the file once, and would make it anew
         for name in os.listdir(tmp_path):
             (tmp_path / name).unlink()
         answer = await fetch(headrace.front.admin_port, "/admin/spend")
