@@ -188,7 +188,7 @@ async def test_silent_tls_callers_are_timed() -> None:
 @both
 async def test_a_reset_waits_for_who_still_reads(way: Way) -> None:
     """HTTP/1.0, and all of it in the kernel when the stream breaks: a reset at once would take it back."""
-    events = b"".join(event(f"{number:05} {'x' * 80}") for number in range(1500))
+    events = b"".join(event(f"{number:05} {'x' * 80}") for number in range(300))
     loop, raw = asyncio.get_running_loop(), bytearray()
     async with lab(plays(HEAD, chunk(events), 0.05, Call.close), way) as it, asyncio.timeout(10):
         with socket.socket() as sock:

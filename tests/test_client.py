@@ -355,7 +355,7 @@ SHORT = b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: 100\r
 BROKEN: dict[str, tuple[Script, str, int | None]] = {
     "no HTTP": (plays(b"SSH-2.0-other\r\n\r\n"), "parse", None),
     "half a JSON answer": (plays(SHORT % b"200 OK", Call.close), "truncated", 200),
-    "half a refusal": (plays(SHORT % b"403 No", Call.close), "auth", 403),
+    "half a refusal": (plays((SHORT % b"403 No")[:-1], Call.close), "auth", 403),
 }
 
 

@@ -18,7 +18,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
@@ -574,6 +574,7 @@ def test_garbage_is_no_jwks(body: bytes) -> None:
         parse_jwks(body, ("RS256",))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first one on a busy machine
 @given(
     st.dictionaries(
         st.sampled_from(["kty", "kid", "n", "e", "x", "y", "crv", "alg", "use"]),

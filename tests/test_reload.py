@@ -221,6 +221,8 @@ async def test_certificate_keys_and_retries(tmp_path: Path) -> None:
     old, new = trustme.CA(), trustme.CA()
     (tmp_path / "old").mkdir()
     (tmp_path / "new").mkdir()
+    (tmp_path / "garbage").mkdir()
+    (tmp_path / "garbage" / "keys.db").write_bytes(b"no database" * 500)
     keys = {name: await make_key(tmp_path / name) for name in ("old", "new")}
     certify(tmp_path, old)
     tls = {"cert": str(tmp_path / "cert.pem"), "key": str(tmp_path / "key.pem")}
@@ -250,15 +252,15 @@ async def test_certificate_keys_and_retries(tmp_path: Path) -> None:
         before = here.state["fds"]
         assert (await asked(old, "old"), await asked(old, "new")) == (200, 401)
         assert "auth.database" in await reloaded(auth=auth_section(tmp_path / "nowhere"))
+        assert "auth.database" in await reloaded(auth=auth_section(tmp_path / "garbage"))
         (tmp_path / "cert.pem").write_text("no certificate")
         assert "tls: the certificate cannot be loaded" in await reloaded()
         certify(tmp_path, new)
         assert (await asked(old, "old"), await asked(old, "new")) == (200, 401)
-        other = config.parse(
-            json.dumps({**first, "auth": auth_section(tmp_path / "new")}), "test.yaml", {}
-        )  # prepared here, refused by another worker
-        await here.server.prepare(other)
-        await here.server.discard()
+        for auth in ("old", "new"):  # prepared here, refused by another worker
+            other = {**first, "auth": auth_section(tmp_path / auth)}
+            await here.server.prepare(config.parse(json.dumps(other), "test.yaml", {}))
+            await here.server.discard()
         assert (await asked(old, "old"), await asked(old, "new")) == (200, 401)
         again = {"auth": auth_section(tmp_path / "new"), "retry": {"attempts": 2}}
         assert await reloaded(**again) == ""

@@ -528,12 +528,12 @@ async def test_a_lock_dies_with_its_holder(memory: Store) -> None:
         await _visit(state)
 
 
-async def test_a_clock_that_jumped_back(memory: Store) -> None:
+@pytest.mark.parametrize("names", [("b",), ("b", "c")])
+async def test_a_clock_that_jumped_back(memory: Store, names: tuple[str, ...]) -> None:
     """Nobody waits for the jump: at most for what was taken, as if it had been taken now."""
-    state, charges = memory.state(), [Charge("b", 60, 1, 1)]
-    assert (await state.take(charges, NOW + 1000))[0].allowed
-    assert not (await state.take(charges, NOW))[0].allowed
-    assert (await state.take(charges, NOW + 2.1))[0].allowed
+    state, charges = memory.state(), [Charge(name, 60, 1, 1) for name in names]
+    for now, allowed in ((NOW + 1000, True), (NOW, False), (NOW + 2.1, True)):
+        assert {decision.allowed for decision in await state.take(charges, now)} == {allowed}
 
 
 def test_other_files_are_refused() -> None:
