@@ -42,11 +42,10 @@ soak: $(VENV)/test.stamp ## ten minutes of mixed load (SOAK_S=60: a minute): fai
 
 coverage: $(VENV)/test.stamp $(VENV)/coverage.extra ## branch coverage of proxy/; every gap has its reason in tests/coverage_gaps.toml
 	@rm -rf .coverage
-	$(BIN)/python -m coverage run -m pytest $(SIDE_BY_SIDE) -m "not slow and not alone"
-	$(BIN)/python -m coverage run -m pytest -m "not slow and alone"
-	@$(BIN)/python -m coverage combine -q
-	@$(BIN)/python -m coverage json -q -o .coverage/report.json
-	@$(BIN)/python -m tests.kit.gaps .coverage/report.json
+	@$(BIN)/python -m coverage run -m pytest $(SIDE_BY_SIDE) -m "not slow and not alone"; first=$$?; \
+	  $(BIN)/python -m coverage run -m pytest -m "not slow and alone"; second=$$?; \
+	  $(BIN)/python -m coverage combine -q && $(BIN)/python -m coverage json -q -o .coverage/report.json && \
+	  $(BIN)/python -m tests.kit.gaps .coverage/report.json && exit $$((first + second))
 
 check: $(VENV)/test.stamp ## lint, format and types
 	$(BIN)/ruff check .

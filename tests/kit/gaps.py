@@ -71,7 +71,8 @@ def main(words: Sequence[str]) -> int:
     report = json.loads(Path(words[0]).read_text())
     totals, reasons = report["totals"], listed()
     mistakes = list(wrong(gaps(report), reasons))
-    print("\n".join(mistakes))
+    for mistake in mistakes:
+        print(mistake)
     share = 100 * totals["covered_branches"] / totals["num_branches"]
     lines = 100 * totals["covered_lines"] / totals["num_statements"]
     print(f"{share:.1f} % of {totals['num_branches']} branches, {lines:.1f} % of the lines", end="; ")
