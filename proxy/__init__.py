@@ -37,6 +37,7 @@ resources
     listen      listening sockets
     systemd     sockets that systemd has opened, and what it is told
     downlink    what the kernel knows of a caller's connection
+    breakoff    the end of a connection whose answer is not complete
     log         the request line, and a sink that never blocks
     metrics     every metric, named once
     footprint   what a process costs: memory, descriptors, CPU time, collections

@@ -17,6 +17,7 @@ from multidict import CIMultiDict
 
 from proxy import answers, headers
 from proxy.attempt import WholeAnswer
+from proxy.breakoff import break_off as end_visibly
 from proxy.chunked import framed
 from proxy.context import Context, Phase
 from proxy.drain_usage import drain_for_usage
@@ -31,7 +32,6 @@ from proxy.errors import (
 )
 from proxy.hold import hold_small, hold_whole
 from proxy.pipe import HEARTBEAT, Clocks, Pipe
-from proxy.pipe import break_off as end_visibly
 from proxy.reshape import WHOLE_LIMIT, Reshape, ReshapedPipe
 from proxy.tap import Tap, tells_usage
 from proxy.usage import find_in_json

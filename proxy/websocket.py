@@ -27,6 +27,7 @@ from aiohttp import WSMsgType, web
 from aiohttp.http_websocket import WSMessageTextBytes
 
 from proxy import socket_events
+from proxy.breakoff import break_off
 from proxy.dial import CLOSE_S, UpstreamSocket
 from proxy.errors import (
     Draining,
@@ -37,7 +38,6 @@ from proxy.errors import (
     UpstreamInvalid,
     UpstreamTimeout,
 )
-from proxy.pipe import break_off
 from proxy.tasks import spawn
 
 if TYPE_CHECKING:
