@@ -45,6 +45,7 @@ resources
     control     the channel between processes
     chunked     HTTP/1.1's chunks: bytes into one, and out of one
     sender      a body that is sent piece by piece, while its answer may be coming
+    wire_connection  a pooled connection: the C parser, and what it feeds
     wire        one exchange on a pooled connection, below ClientSession
     pool        connections of one upstream: kept, aged, made ahead
     health      active probes

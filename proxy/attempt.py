@@ -18,7 +18,8 @@ from proxy.errors import Reason, UpstreamCut, UpstreamFailed, UpstreamRefusedUs
 from proxy.headers import RawHeaders, value_of
 from proxy.peek import with_model
 from proxy.routing import RESTING_STATUSES
-from proxy.wire import HELD_LIMIT, End
+from proxy.wire import HELD_LIMIT
+from proxy.wire_connection import End
 
 if TYPE_CHECKING:
     from proxy.metrics import Metrics

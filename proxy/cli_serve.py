@@ -11,10 +11,11 @@ from typing import Literal
 import aiohttp
 import uvloop
 
-from proxy import __version__, config, log, wire
+from proxy import __version__, config, log
 from proxy.cli_source import Source
 from proxy.errors import StartError
 from proxy.supervisor import Front
+from proxy.wire_connection import c_parser_loaded
 from proxy.worker import WorkerProcess
 
 #: Before 3.14.3 a malicious upstream can make the C parser read out of bounds (GHSA-cq5v-8q36-5273); 3.14.4
@@ -69,7 +70,7 @@ def _check_installation() -> None:
     if found < _AIOHTTP:
         floor = ".".join(map(str, _AIOHTTP))
         raise StartError(f"aiohttp {aiohttp.__version__} is too old: pip install 'aiohttp>={floor}'")
-    if not wire.c_parser_loaded():
+    if not c_parser_loaded():
         raise StartError("aiohttp runs without its C parser: install a wheel, unset AIOHTTP_NO_EXTENSIONS")
 
 

@@ -36,7 +36,7 @@ from proxy.reshape import WHOLE_LIMIT, Reshape, ReshapedPipe
 from proxy.tap import Tap, tells_usage
 from proxy.usage import find_in_json
 from proxy.verify import VerifiedPipe, is_drawn
-from proxy.wire import End
+from proxy.wire_connection import End
 from proxy.wrap import wrap
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import aiohttp
 
-from proxy import answers, pool, retry, wire
+from proxy import answers, pool, retry
 from proxy.breaker import Outcome, Pass, outcome_of_error, outcome_of_status
 from proxy.context import Context, Phase
 from proxy.errors import (
@@ -30,6 +30,7 @@ from proxy.forward import nobody_available
 from proxy.headers import RawHeaders, value_of
 from proxy.routing import RESTING_STATUSES
 from proxy.session import translate
+from proxy.wire_connection import forbid_silent_retry
 
 if TYPE_CHECKING:
     from proxy.core import Core
@@ -282,7 +283,7 @@ class Line:
             max_line_size=65536,
             max_field_size=65536,
         )
-        wire.forbid_silent_retry(session)
+        forbid_silent_retry(session)
         return session
 
     async def _look(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from proxy.schema import DrainForUsage, Streams
     from proxy.tap import Tap
     from proxy.upstream import Exchange
-    from proxy.wire import End
+    from proxy.wire_connection import End
 
 
 async def drain_for_usage(core: Core, ctx: Context, exchange: Exchange, tap: Tap, total_at: float) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from proxy.errors import UpstreamCut, UpstreamDeadline, UpstreamInvalid, UpstreamTimeout
 from proxy.pipe import TIMER_SLACK_S
 from proxy.reshape import WHOLE_LIMIT
-from proxy.wire import HELD_LIMIT, End
+from proxy.wire import HELD_LIMIT
+from proxy.wire_connection import End
 
 if TYPE_CHECKING:
     from proxy.upstream import Exchange

@@ -20,7 +20,7 @@ import msgspec
 from proxy.chunked import framed
 from proxy.errors import Reason
 from proxy.metrics import GAP_UNITS_PER_SECOND, GAPS
-from proxy.wire import End
+from proxy.wire_connection import End
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -43,7 +43,7 @@ _GAP_OVERFLOW = len(GAPS)
 
 
 class Ending(StrEnum):
-    """Why the bytes stopped. The first three are the upstream's doing (`wire.End`)."""
+    """Why the bytes stopped. The first three are the upstream's doing (`wire_connection.End`)."""
 
     FRAMED = "framed"
     CLOSED = "closed"
@@ -69,7 +69,7 @@ class Clocks(msgspec.Struct, frozen=True):
 
 
 class Taker(Protocol):
-    """Takes an answer, pushed (`wire.Sink`) or pulled."""
+    """Takes an answer, pushed (`wire_connection.Sink`) or pulled."""
 
     @property
     def blocked(self) -> bool: ...

@@ -26,7 +26,7 @@ from yarl import URL
 
 from proxy.errors import UpstreamConnectFailed
 from proxy.tasks import spawn
-from proxy.wire import WireConnection
+from proxy.wire_connection import WireConnection
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver

@@ -21,7 +21,7 @@ from proxy.errors import (
 from proxy.headers import RawHeaders, value_of
 from proxy.sender import Source, framing
 from proxy.tasks import spawn
-from proxy.wire import End
+from proxy.wire_connection import End
 
 if TYPE_CHECKING:
     from proxy.pipe import Taker

@@ -19,7 +19,7 @@ from proxy.outgoing import Outgoing
 from proxy.routing import Rotation
 from proxy.sender import Source, framing
 from proxy.session import SessionExchange
-from proxy.wire import End
+from proxy.wire_connection import End, forbid_silent_retry
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
@@ -102,7 +102,7 @@ class Upstream:
 
     def _public_client(self, way: pool.Route) -> aiohttp.ClientSession:
         session = _session(self._pool.connector, way, pool.exact_timeout(self.timeouts.connect))
-        wire.forbid_silent_retry(session)
+        forbid_silent_retry(session)
         return session
 
     def _make_prober(self, probe: schema.Probe, way: pool.Route) -> health.Prober:

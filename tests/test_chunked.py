@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy import wire
+from proxy import wire, wire_connection
 from proxy.chunked import MOST_OPENINGS, OPENINGS, framed, unframed
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -54,7 +54,7 @@ class Heard:
     def __init__(self, *, past: bool) -> None:
         loop = asyncio.new_event_loop()
         loop.close()  # nothing is scheduled
-        self.connection = wire.WireConnection(loop)
+        self.connection = wire_connection.WireConnection(loop)
         self.exchange = wire.WireExchange(None, b"", b"")  # type: ignore[arg-type] # no pool
         self.exchange._protocol = self.connection
         self.connection.begin(self.exchange)
@@ -62,7 +62,7 @@ class Heard:
         self.exchange.sink = self
         self.data = b""
         self.whole = 0
-        self.end_: wire.End | None = None
+        self.end_: wire_connection.End | None = None
         self._receive = self.connection.data_received if past else self.connection._parse
 
     blocked = False
@@ -73,7 +73,7 @@ class Heard:
         self.data += data
         self.whole += bool(chunk)
 
-    def end(self, how: wire.End) -> None:
+    def end(self, how: wire_connection.End) -> None:
         self.end_ = how
 
     def read(self, data: bytes) -> None:
@@ -122,7 +122,7 @@ def test_reads_cut_anywhere(chunks: list[bytes], data: st.DataObject) -> None:
     cuts = data.draw(st.sets(st.sampled_from(ends) | st.integers(1, len(stream) - 1)))
     places = [0, *sorted(cuts), len(stream)]
     taken, _ = both([stream[a:b] for a, b in itertools.pairwise(places) if a < b])
-    assert taken.end_ is wire.End.FRAMED
+    assert taken.end_ is wire_connection.End.FRAMED
 
 
 @settings(max_examples=400, deadline=None)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from proxy import wire
+from proxy import wire, wire_connection
 from tests.kit.callers import Answer, Caller, ask, chat, post
 from tests.kit.headrace import until
 from tests.kit.lab import Gate, Lab, Way, both, everywhere, hold, lab, plays, response
@@ -41,19 +41,19 @@ async def complete(it: Lab, request: bytes, times: int = 1) -> list[Answer]:
 async def test_the_self_check_passes() -> None:
     """This aiohttp's private names mean what the wire thinks; else every stream test tests the public way."""
     assert wire.self_check(asyncio.get_running_loop()) is None
-    assert wire.c_parser_loaded()
+    assert wire_connection.c_parser_loaded()
 
 
 @pytest.mark.parametrize("name", ["feed_data", "feed_eof"])
 async def test_the_self_check_notices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parser that feeds its body to something else is found before any stream is lost to it."""
-    monkeypatch.delattr(wire._Body, name)
+    monkeypatch.delattr(wire_connection._Body, name)
     assert wire.self_check(asyncio.get_running_loop()) is not None
 
 
 async def test_without_the_wire_it_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the self-check fails, a server that wanted to push pulls, and serves the same bytes."""
-    monkeypatch.delattr(wire._Body, "feed_data")
+    monkeypatch.delattr(wire_connection._Body, "feed_data")
     async with lab(plays(STREAM), Way(push=True)) as it:
         answer = await ask(it.port, chat())
         assert (answer.body, answer.clean) == (A + DONE, True)

@@ -15,7 +15,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from proxy import schema
 from proxy.upstream import Upstream
-from proxy.wire import End
+from proxy.wire_connection import End
 
 #: Both ways of asking: the wire, and aiohttp's public client.
 ways = pytest.mark.parametrize("push", [True, False], ids=["push", "pull"])

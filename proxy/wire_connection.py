@@ -1,0 +1,238 @@
+"""A connection of aiohttp's pool whose answers go to us: aiohttp's own C parser, and what it feeds.
+
+All private names of aiohttp's connection and parser are in this file (the connector's are in `pool.py`).
+`wire.self_check` tries them once at start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import StrEnum
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aiohttp import ClientSession, http_parser
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+
+from proxy.chunked import MOST_OPENINGS, OPENINGS
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from proxy.wire import WireExchange
+
+#: Some providers send more than 8 KiB of headers; beyond this an answer is invalid.
+_MAX_HEAD_BYTES = 65536
+#: What ends a connection's turn. libuv goes on reading, 32 times, from one whose reads fill its buffer of
+#: 256,000 bytes: 8 MB of one answer before a chunk of another (15 ms p99 on a busy core, measured).
+_LONG_READ = 2**17
+#: StreamReader pauses its parser at twice this many bytes or a sixteenth as many chunks: more than one read
+#: of the socket (256 KiB) can bring, because the first read of an answer still passes through it.
+_PARSER_LIMIT = 2**20
+
+
+class End(StrEnum):
+    """How the bytes of an answer ended."""
+
+    FRAMED = "framed"  # HTTP's own framing says that it is complete
+    CLOSED = "closed"  # no framing, and the upstream closed in good order
+    CUT = "cut"  # everything else
+
+
+class Sink(Protocol):
+    """Takes the bytes of an answer as they arrive."""
+
+    @property
+    def blocked(self) -> bool: ...
+
+    def feed(self, data: bytes, chunk: bytes = b"") -> None:
+        """`chunk`: what came, if that was exactly one chunk with these bytes in it."""
+
+    def end(self, how: End) -> None: ...
+
+
+class _Body(StreamReader):
+    """What the C parser feeds instead of a StreamReader.
+
+    The parser makes the reader itself, so its class is replaced once the head is there; `__slots__` is empty
+    because only classes of one layout can replace each other.
+    """
+
+    __slots__ = ()
+
+    def feed_data(self, data: bytes, size: int = 0) -> bool:
+        self._protocol.pieces.append(data)  # type: ignore[attr-defined] # a WireConnection
+        return False
+
+    def feed_eof(self) -> None:
+        self._eof = True
+        self._protocol.complete = True  # type: ignore[attr-defined] # a WireConnection
+
+    def set_exception(self, exc: BaseException, exc_cause: BaseException | None = None) -> None:
+        pass  # the parser raises the same error out of feed_data
+
+    def begin_http_chunk_receiving(self) -> None:
+        self._protocol.in_chunk = True  # type: ignore[attr-defined] # a WireConnection
+
+    def end_http_chunk_receiving(self) -> None:
+        self._protocol.in_chunk = False  # type: ignore[attr-defined] # a WireConnection
+
+
+class WireConnection(ResponseHandler):
+    """A pooled connection. It serves one exchange at a time; between two it takes no bytes at all.
+
+    used: it has lain in the pool, so it may have been closed there. served: it has been asked something.
+    in_chunk: the parser has begun a chunk whose end it has not seen, or may have. between: it has seen one
+    end and nothing behind it, so that a read which is exactly one chunk need not go through it.
+    """
+
+    __slots__ = ("between", "complete", "exchange", "in_chunk", "made_at", "pieces", "served", "used")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.made_at = monotonic()
+        self.used = False
+        self.served = False
+        self.exchange: WireExchange | None = None
+        self.pieces: list[bytes] = []
+        self.complete = False
+        self.in_chunk = True
+        self.between = False
+
+    def begin(self, exchange: WireExchange) -> None:
+        self.exchange = exchange
+        self.served = True
+        self.complete = False
+        self.in_chunk = True
+        self.set_response_params(
+            read_until_eof=True,
+            auto_decompress=False,
+            read_bufsize=_PARSER_LIMIT,
+            max_line_size=_MAX_HEAD_BYTES,
+            max_field_size=_MAX_HEAD_BYTES,
+        )
+
+    def data_received(self, data: bytes) -> None:
+        if self.between and (size := len(data)) < MOST_OPENINGS:
+            # What the parser would say of it is known. It stays where it is: before the next chunk.
+            opening, start = OPENINGS[size]
+            if data.startswith(opening) and data.endswith(b"\r\n"):
+                self.exchange.sink.feed(data[start:-2], data)  # type: ignore[union-attr] # both are there
+                return
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        exchange = self.exchange
+        if exchange is None:
+            self._received_between(data)
+            return
+        if not exchange.answered:
+            exchange.touched = True
+        fault: Exception | None = None
+        try:
+            messages, upgraded, _ = self._parser.feed_data(data)  # type: ignore[union-attr] # set by begin
+            if messages:
+                self._took_heads(exchange, messages, upgraded)
+        except Exception as error:  # the parser's own kinds, and what a broken one may raise
+            fault = error
+        pieces = self.pieces
+        if pieces:
+            sink = exchange.sink
+            if sink is None:
+                exchange.received()
+            else:
+                # One write for everything that one read brought.
+                if len(pieces) == 1:
+                    sink.feed(pieces.pop())
+                else:
+                    body = b"".join(pieces)
+                    pieces.clear()
+                    sink.feed(body)
+                if len(data) >= _LONG_READ and not self.complete:
+                    self.pause_reading()
+                    self._loop.call_soon(self._go_on, exchange)
+        if fault is not None or self.complete:
+            self.between = False
+            self._conclude(exchange, fault)
+        else:
+            # A chunk's head ends with a line feed too, but then its chunk has begun.
+            self.between = not self.in_chunk and exchange.sink is not None and data.endswith(b"\n")
+
+    def _conclude(self, exchange: WireExchange, fault: Exception | None) -> None:
+        if fault is not None:
+            self.force_close()
+        if self.complete:
+            exchange.ended(End.FRAMED)  # what follows a complete answer only costs the connection
+        elif fault is not None:
+            exchange.failed(fault)
+
+    def _go_on(self, exchange: WireExchange) -> None:
+        """Others had their turn."""
+        if self.exchange is exchange and not exchange.paused:
+            self.resume_reading()
+
+    def _received_between(self, data: bytes) -> None:
+        """Bytes that answer no request: a connection in this state must not be used again (RFC 9112 9.2)."""
+        if self._parser is not None and not self.served:
+            super().data_received(data)  # aiohttp itself asks an outbound proxy for a tunnel
+            return
+        self.force_close()
+        if self.transport is not None:
+            self.transport.close()
+
+    def _took_heads(
+        self, exchange: WireExchange, messages: list[tuple[Any, StreamReader]], upgraded: bool
+    ) -> None:
+        for message, payload in messages:
+            if 100 <= message.code < 200 and message.code != 101:
+                continue  # interim answers stop here (RFC 9110 15.2)
+            if exchange.answered:
+                self.force_close()  # a second answer to one request
+                return
+            if message.should_close or upgraded:
+                self.force_close()
+            exchange.took_head(message)
+            self._take_over(payload)
+
+    def _take_over(self, payload: StreamReader) -> None:
+        """From here on the parser feeds us; what it already fed in this call is moved over."""
+        if payload is EMPTY_PAYLOAD:
+            self.complete = True
+            return
+        self.pieces.extend(payload._buffer)
+        self.complete = payload._eof
+        payload.__class__ = _Body
+
+    @property
+    def drained(self) -> Callable[[], Awaitable[None]]:
+        """Returns when there is room for more of a request."""
+        return self._drain_helper
+
+    def pause_reading(self) -> None:
+        # Not the parser: it would keep a tail that nobody asks it for.
+        self._pause_transport_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        self._resume_transport_reading()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        exchange = self.exchange
+        was_complete = self.complete
+        super().connection_lost(exc)  # for a close-delimited body this feeds the end of file
+        if exchange is not None and not was_complete:
+            # The parser takes an RST for the end of a close-delimited body (measured on 3.14.5): only the
+            # transport knows better.
+            exchange.ended(End.CLOSED if self.complete and exc is None else End.CUT)
+
+
+def forbid_silent_retry(session: ClientSession) -> None:
+    """aiohttp sends idempotent requests a second time when a connection dies, even a fresh one (measured);
+    whether something is tried again is decided in `forward.py` alone."""
+    if hasattr(session, "_retry_connection"):
+        session._retry_connection = False
+
+
+def c_parser_loaded() -> bool:
+    """The pure-Python parser has had several request-smuggling holes that the C one does not share."""
+    return http_parser.HttpRequestParser is not http_parser.HttpRequestParserPy
