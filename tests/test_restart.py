@@ -194,14 +194,13 @@ async def test_two_in_a_row(tmp_path: Path) -> None:
         assert await running.total("headrace_requests_total", 'reason="complete"') == 5
 
 
-async def test_another_address_on_disk() -> None:
+async def test_another_address_on_disk(tmp_path: Path) -> None:
     """What was inherited is kept only if it is still what the configuration says."""
-    first = listen.bind(Address("127.0.0.1", 0))
-    port = first.getsockname()[1]
-    assert listen.keep_or_bind(first, Address("127.0.0.1", port)) is first
-    with listen.keep_or_bind(first, Address("127.0.0.1", port + 1 if port < 65535 else port - 1)) as second:
+    first, path = listen.bind(Address("127.0.0.1", 0)), str(tmp_path / "h.sock")
+    assert listen.keep_or_bind(first, Address("127.0.0.1", first.getsockname()[1])) is first
+    with listen.keep_or_bind(first, Address("", 0, path)) as second:
         assert first.fileno() == -1
-        assert second.getsockname()[1] != port
+        assert second.getsockname() == path
 
 
 async def test_every_address() -> None:
