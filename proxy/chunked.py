@@ -46,3 +46,12 @@ def unframed(chunk: bytes) -> bytes | memoryview:
 #: By the length of a read: what it begins with if it is one chunk, and where that ends.
 OPENINGS = tuple(_opening(total) for total in range(1024))
 MOST_OPENINGS = len(OPENINGS)
+
+
+def is_chunk_of(data: bytes, size: int) -> bool:
+    """Is this exactly one chunk, with so many bytes in it?"""
+    total = len(data)
+    if total >= MOST_OPENINGS:
+        return False
+    opening, start = OPENINGS[total]
+    return size == total - start - 2 and data.startswith(opening) and data.endswith(_END)

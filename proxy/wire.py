@@ -275,8 +275,9 @@ def self_check(loop: asyncio.AbstractEventLoop) -> str | None:
         probe.feed(exchange.taken()[0])
         exchange.sink = probe
         connection.data_received(b"2\r\ncd\r\n1\r\ne\r\n")
-        between = connection.between
         connection.data_received(b"1\r\nf\r\n")
+        between = connection.between
+        connection.data_received(b"1\r\ng\r\n")
         middle = probe.data
         connection.data_received(b"6\r\n")
         if not between or connection.between:
@@ -284,7 +285,7 @@ def self_check(loop: asyncio.AbstractEventLoop) -> str | None:
         connection.data_received(b"1\r\nf\r\n\r\n0\r\n\r\n")
     except Exception as error:
         return f"{type(error).__name__}"
-    whole = b"abcdef1\r\nf\r\n"
-    if (exchange.status, middle, probe.data, probe.how) != (200, whole[:6], whole, End.FRAMED):
+    whole = b"abcdefg1\r\nf\r\n"
+    if (exchange.status, middle, probe.data, probe.how) != (200, whole[:7], whole, End.FRAMED):
         return "the parser feeds its payload differently"
     return None

@@ -15,7 +15,7 @@ from aiohttp import ClientSession, http_parser
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 
-from proxy.chunked import MOST_OPENINGS, OPENINGS
+from proxy.chunked import MOST_OPENINGS, OPENINGS, is_chunk_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -30,6 +30,9 @@ _LONG_READ = 2**17
 #: StreamReader pauses its parser at twice this many bytes or a sixteenth as many chunks: more than one read
 #: of the socket (256 KiB) can bring, because the first read of an answer still passes through it.
 _PARSER_LIMIT = 2**20
+#: What the parser tells of chunks.
+_BEGUN, _ENDED = "(", ")"
+_ONE_CHUNK = _BEGUN + _ENDED
 
 
 class End(StrEnum):
@@ -73,21 +76,21 @@ class _Body(StreamReader):
         pass  # the parser raises the same error out of feed_data
 
     def begin_http_chunk_receiving(self) -> None:
-        self._protocol.in_chunk = True  # type: ignore[attr-defined] # a WireConnection
+        self._protocol.marks += _BEGUN  # type: ignore[attr-defined] # a WireConnection
 
     def end_http_chunk_receiving(self) -> None:
-        self._protocol.in_chunk = False  # type: ignore[attr-defined] # a WireConnection
+        self._protocol.marks += _ENDED  # type: ignore[attr-defined] # a WireConnection
 
 
 class WireConnection(ResponseHandler):
     """A pooled connection. It serves one exchange at a time; between two it takes no bytes at all.
 
     used: it has lain in the pool, so it may have been closed there. served: it has been asked something.
-    in_chunk: the parser has begun a chunk whose end it has not seen, or may have. between: it has seen one
-    end and nothing behind it, so that a read which is exactly one chunk need not go through it.
+    marks: of the chunks whose beginnings and ends the parser saw in this read. between: it saw one chunk and
+    nothing else, so it stands between two, and another read which is exactly one need not go through it.
     """
 
-    __slots__ = ("between", "complete", "exchange", "in_chunk", "made_at", "pieces", "served", "used")
+    __slots__ = ("between", "complete", "exchange", "made_at", "marks", "pieces", "served", "used")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
@@ -97,14 +100,13 @@ class WireConnection(ResponseHandler):
         self.exchange: WireExchange | None = None
         self.pieces: list[bytes] = []
         self.complete = False
-        self.in_chunk = True
+        self.marks = ""
         self.between = False
 
     def begin(self, exchange: WireExchange) -> None:
         self.exchange = exchange
         self.served = True
         self.complete = False
-        self.in_chunk = True
         self.set_response_params(
             read_until_eof=True,
             auto_decompress=False,
@@ -130,6 +132,7 @@ class WireConnection(ResponseHandler):
         if not exchange.answered:
             exchange.touched = True
         fault: Exception | None = None
+        self.marks = ""
         try:
             messages, upgraded, _ = self._parser.feed_data(data)  # type: ignore[union-attr] # set by begin
             if messages:
@@ -137,6 +140,13 @@ class WireConnection(ResponseHandler):
         except Exception as error:  # the parser's own kinds, and what a broken one may raise
             fault = error
         pieces = self.pieces
+        # The parser's word alone is not enough: it can swallow the start of a chunk's head without a mark.
+        self.between = (
+            self.marks == _ONE_CHUNK
+            and len(pieces) == 1
+            and is_chunk_of(data, len(pieces[0]))
+            and exchange.sink is not None
+        )
         if pieces:
             sink = exchange.sink
             if sink is None:
@@ -155,9 +165,6 @@ class WireConnection(ResponseHandler):
         if fault is not None or self.complete:
             self.between = False
             self._conclude(exchange, fault)
-        else:
-            # A chunk's head ends with a line feed too, but then its chunk has begun.
-            self.between = not self.in_chunk and exchange.sink is not None and data.endswith(b"\n")
 
     def _conclude(self, exchange: WireExchange, fault: Exception | None) -> None:
         if fault is not None:
