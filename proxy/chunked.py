@@ -9,16 +9,17 @@ from __future__ import annotations
 
 _END = b"\r\n"
 _join = b"".join
+#: Both tables end here: events are a few hundred bytes, and above that the copy costs more than the framing.
+_TABLE_BYTES = 1024
 
 #: What stands before so many bytes.
-_HEADS = tuple(b"%x\r\n" % size for size in range(1024))
-_MOST = len(_HEADS)
+_HEADS = tuple(b"%x\r\n" % size for size in range(_TABLE_BYTES))
 
 
 def framed(data: bytes) -> bytes:
     """One chunk with these bytes in it; they must not be empty, an empty chunk ends a body."""
     size = len(data)
-    if size < _MOST:
+    if size < _TABLE_BYTES:
         return _join((_HEADS[size], data, _END))
     return b"%x\r\n%b\r\n" % (size, data)
 
@@ -44,7 +45,7 @@ def unframed(chunk: bytes) -> bytes | memoryview:
 
 
 #: By the length of a read: what it begins with if it is one chunk, and where that ends.
-OPENINGS = tuple(_opening(total) for total in range(1024))
+OPENINGS = tuple(_opening(total) for total in range(_TABLE_BYTES))
 MOST_OPENINGS = len(OPENINGS)
 
 
