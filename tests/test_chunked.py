@@ -162,3 +162,9 @@ def test_a_chunk_inside_of_a_chunk() -> None:
     inner = b"3\r\nabc\r\n"
     taken, _ = both([framed(b"x"), b"%x\r\n" % len(inner), inner, b"\r\n", framed(b"y")])
     assert taken.data == b"x" + inner + b"y"
+
+
+def test_chunks_around_the_end_of_the_table() -> None:
+    taken, _ = both([framed(b"x" * size) for size in range(MOST_OPENINGS - 12, MOST_OPENINGS + 4)])
+    assert len(taken.data) == sum(range(MOST_OPENINGS - 12, MOST_OPENINGS + 4))
+    assert 0 < taken.whole < 12  # those that are in it, but for the first
