@@ -215,7 +215,7 @@ async def test_a_body_that_is_still_coming(tmp_path: Path) -> None:
 async def test_who_was_accepted_is_answered() -> None:
     """A connection that has said nothing yet when the listener closes: no other process will see it."""
     async with running(settings_for("mock:")) as here, await Caller.connect(here.port) as caller:
-        await until(lambda: here.server._runner.listener.has_fresh())  # type: ignore[union-attr]
+        await until(lambda: here.server._runner.listener.has_fresh())  # type: ignore[union-attr] # it listens
         draining = asyncio.ensure_future(here.server.drain(10, asyncio.Event()))
         await until(lambda: here.server.core.draining)
         with pytest.raises(TimeoutError):
