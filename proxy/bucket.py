@@ -21,6 +21,7 @@ arrival time (tat): the instant, in nanoseconds of the caller's clock, at which 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import msgspec
 
@@ -53,8 +54,13 @@ def take(tat_ns: int, rate_per_minute: float, burst: int, amount: int, now: floa
     any clock that all callers share.
     A refusal returns the tat unchanged, or lowered to the debt limit after a clock jumped back.
     """
-    interval, capacity, now_ns = terms(rate_per_minute, burst, now)
-    deficit = min(max(tat_ns - now_ns, 0), 2 * capacity)
+    interval, capacity = shape(rate_per_minute, burst)
+    now_ns = int(now * 1e9)
+    deficit = tat_ns - now_ns
+    if deficit < 0:
+        deficit = 0
+    elif deficit > 2 * capacity:
+        deficit = 2 * capacity
     cost = amount * interval
     after = deficit + cost
     if after <= capacity:
@@ -71,7 +77,8 @@ def settle(tat_ns: int, rate_per_minute: float, burst: int, delta: int, now: flo
 
     Taking more always succeeds, down to a debt of one burst; what is beyond that is forgotten.
     """
-    interval, capacity, now_ns = terms(rate_per_minute, burst, now)
+    interval, capacity = shape(rate_per_minute, burst)
+    now_ns = int(now * 1e9)
     if delta <= 0:
         return max(tat_ns + delta * interval, min(tat_ns, now_ns))
     return min(max(tat_ns, now_ns) + delta * interval, max(tat_ns, now_ns + 2 * capacity))
@@ -87,5 +94,12 @@ def terms(rate_per_minute: float, burst: int, now: float) -> tuple[int, int, int
 
     For a store that does the sums itself (proxy.state.redis).
     """
+    return (*shape(rate_per_minute, burst), int(now * 1e9))
+
+
+@lru_cache(maxsize=1024)
+def shape(rate_per_minute: float, burst: int) -> tuple[int, int]:
+    """The interval of one unit, and the time from empty to full, in nanoseconds. Kept by its arguments alone,
+    the limits of the configuration: the sums were a third of a decision."""
     interval = math.ceil(_MINUTE_NS / rate_per_minute)
-    return interval, min(burst * interval, _LONGEST_NS), int(now * 1e9)
+    return interval, min(burst * interval, _LONGEST_NS)

@@ -51,9 +51,13 @@ def attach(fd: int, owner: int) -> MemoryState:
 class Held(msgspec.Struct):
     """Slots of this store. `words` are the owner's own counts; those of names without a cell are missing."""
 
-    names: tuple[str, ...]
+    slots: Sequence[Slot]
     words: list[int]
     epoch: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple([slot.name for slot in self.slots])
 
 
 class MemoryState(Counters):
@@ -62,6 +66,9 @@ class MemoryState(Counters):
     # ── buckets ──────────────────────────────────────────────────────────────────────────────────
 
     async def take(self, charges: Sequence[Charge], now: float) -> list[Decision]:
+        return self.take_now(charges, now)
+
+    def take_now(self, charges: Sequence[Charge], now: float) -> list[Decision]:
         if len(charges) == 1:  # nearly always
             return [self._take_one(charges[0], now)]
         places = [self._buckets.place(charge.bucket_id) for charge in charges]
@@ -85,34 +92,44 @@ class MemoryState(Counters):
 
     def _take_one(self, charge: Charge, now: float) -> Decision:
         """As `take`."""
-        place = self._buckets.place(charge.bucket_id)
+        words, place = self._words, self._buckets.place(charge.bucket_id)
+        shared = words[SEEN] != 1
         try:
-            self._lock((place,))
+            if shared:
+                self._lock((place,))
             value = self._buckets.find(place)
-            before = self._words[value] if value >= 0 else 0
+            before = words[value] if value >= 0 else 0
             tat, decision = bucket.take(before, charge.rate_per_minute, charge.burst, charge.amount, now)
             if value >= 0:
-                self._words[value] = tat
+                words[value] = tat
             elif decision.allowed:
                 self._write_tats({place: tat}, now)
         finally:
-            self._release()
+            if shared:
+                self._unlock()
         return decision
 
     async def settle(self, charges: Sequence[Charge], now: float) -> None:
-        places = [self._buckets.place(charge.bucket_id) for charge in charges]
+        self.settle_now(charges, now)
+
+    def settle_now(self, charges: Sequence[Charge], now: float) -> None:
+        words, table = self._words, self._buckets
+        shared = words[SEEN] != 1
         try:
-            self._lock(places)
-            for place, charge in zip(places, charges, strict=True):
-                value = self._buckets.find(place)
-                before = self._words[value] if value >= 0 else 0
+            if shared:
+                self._lock([table.place(charge.bucket_id) for charge in charges])
+            for charge in charges:
+                place = table.place(charge.bucket_id)
+                value = table.find(place)
+                before = words[value] if value >= 0 else 0
                 tat = bucket.settle(before, charge.rate_per_minute, charge.burst, charge.amount, now)
                 if value >= 0:
-                    self._words[value] = tat
+                    words[value] = tat
                 else:
                     self._write_tats({place: tat}, now)
         finally:
-            self._release()
+            if shared:
+                self._unlock()
 
     async def peek(self, charges: Sequence[Charge], now: float) -> list[Decision]:
         places = [self._buckets.place(charge.bucket_id) for charge in charges]
@@ -157,6 +174,9 @@ class MemoryState(Counters):
     # ── slots ────────────────────────────────────────────────────────────────────────────────────
 
     async def acquire(self, slots: Sequence[Slot], now: float) -> Held | None:
+        return self.acquire_now(slots, now)
+
+    def acquire_now(self, slots: Sequence[Slot], now: float) -> Held | None:
         now_ns = int(now * 1e9)
         if now_ns - self._words[self._row + ALIVE] > self._lease_ns // 4:
             self._sign(now_ns)
@@ -166,12 +186,16 @@ class MemoryState(Counters):
         return held
 
     async def release(self, lease: Lease) -> None:
+        self.release_now(lease)
+
+    def release_now(self, lease: Lease) -> None:
         """Needs no lock: nobody else writes the words of this owner."""
         assert isinstance(lease, Held)
-        words, lease.words = lease.words, []
-        if lease.epoch == self._words[self._row + EPOCH]:
-            for word in words:
-                self._words[word] -= 1
+        mine, lease.words = lease.words, []
+        words = self._words
+        if lease.epoch == words[self._row + EPOCH]:
+            for at in mine:
+                words[at] -= 1
 
     async def peek_slots(self, names: Sequence[str], now: float) -> list[int]:
         self._reap(int(now * 1e9))
@@ -188,57 +212,51 @@ class MemoryState(Counters):
         self._reap(now_ns)
 
     def _acquire(self, slots: Sequence[Slot]) -> Held | None:
-        places = [self._slots.place(slot.name) for slot in slots]
+        """One after the other; what was taken is given back at the first that is full. Under the lock nobody
+        sees the difference, and who is killed holds nothing: its epoch is over."""
+        words, owner = self._words, self._owner
+        place_of, find = self._slots.place, self._slots.find
+        mine: list[int] = []
+        held = Held(slots, mine, words[self._row + EPOCH])
+        fresh = held.epoch << _COUNT_BITS
+        shared = words[SEEN] != 1
         try:
-            self._lock(places)
-            wanted: dict[Place, int] = {}
-            cells = []
-            for place, slot in zip(places, slots, strict=True):
-                cells.append(value := self._slots.find(place))
-                wanted[place] = count = wanted[place] + 1 if place in wanted else 1
-                if (self._count(value) if value >= 0 else 0) + count > slot.limit:
-                    return None
-            names = tuple([slot.name for slot in slots])
-            if min(cells) >= 0 and len(wanted) == len(cells):  # nearly always
-                return self._enter_cells(names, cells)
-            return self._enter(names, wanted)
+            if shared:
+                self._lock([place_of(slot.name) for slot in slots])
+            for slot in slots:
+                place = place_of(slot.name)
+                value = find(place)
+                if value < 0:
+                    if not slot.limit:
+                        break
+                    value = self._new_slot(place, fresh)
+                    if value < 0:
+                        continue  # not counted
+                at = value + owner
+                word = words[at]
+                if word < fresh:  # of an earlier epoch
+                    word = fresh
+                if (self._count(value) if shared else word - fresh) >= slot.limit:
+                    break
+                words[at] = word + 1
+                mine.append(at)
+            else:
+                return held
+            self.release_now(held)
+            return None
         finally:
-            self._release()
+            if shared:
+                self._unlock()
 
-    def _enter_cells(self, names: tuple[str, ...], cells: list[int]) -> Held:
-        """One place in each; all of these names have a cell."""
-        words, epoch = self._words, self._words[self._row + EPOCH]
-        owner = self._owner
-        mine = [value + owner for value in cells]
-        for at in mine:
-            word = words[at]
-            words[at] = (word if word >> _COUNT_BITS == epoch else epoch << _COUNT_BITS) + 1
-        return Held(names, mine, epoch)
-
-    def _enter(self, names: tuple[str, ...], wanted: dict[Place, int]) -> Held:
-        """As in `_write_tats`, names that have a cell go first."""
-        words, epoch = self._words, self._words[self._row + EPOCH]
-        held = Held(names, [], epoch)
-        missing = []
-        for place, places in wanted.items():
-            value = self._slots.find(place)
-            if value < 0:
-                missing.append(place)
-                continue
-            mine = value + self._owner
-            fresh = words[mine] >> _COUNT_BITS != epoch
-            words[mine] = (epoch << _COUNT_BITS if fresh else words[mine]) + places
-            held.words += [mine] * places
-        for place in missing:
-            value = self._slots.room(place, lambda value: not self._count(value))
-            if value < 0:
-                self._overflowed()
-                continue
-            mine = value + self._owner
-            words[mine] = (epoch << _COUNT_BITS) + wanted[place]
+    def _new_slot(self, place: Place, fresh: int) -> int:
+        """A cell with nothing taken, or -1. What this call has taken already is not idle."""
+        value = self._slots.room(place, lambda value: not self._count(value))
+        if value < 0:
+            self._overflowed()
+        else:
+            self._words[value + self._owner] = fresh
             self._slots.publish(place)
-            held.words += [mine] * wanted[place]
-        return held
+        return value
 
     def _taken(self, place: Place) -> int:
         value = self._slots.find(place)

@@ -83,14 +83,18 @@ def _anonymous_file() -> int:
 class Place:
     """A name's hash, its set, and the cell where it was last seen (word indices)."""
 
-    __slots__ = ("cell", "high", "keys", "low", "needle", "value")
+    __slots__ = ("cell", "high", "keys", "low", "needle", "span", "value")
 
     def __init__(self, low: int, high: int, keys: int, value: int) -> None:
         self.low = low
         self.high = high
         self.needle = struct.pack("=qq", low, high)
-        self.keys = self.cell = keys
-        self.value = value
+        self.keys = keys
+        self.sits(keys, value)
+
+    def sits(self, cell: int, value: int) -> None:
+        self.cell, self.value = cell, value
+        self.span = slice(cell * _WORD, (cell + 2) * _WORD)  # of the file: its key
 
 
 class Table:
@@ -114,8 +118,7 @@ class Table:
 
     def find(self, place: Place) -> int:
         """The word index of its value, or -1."""
-        words = self._words
-        if words[place.cell] == place.low and words[place.cell + 1] == place.high:
+        if self._memory[place.span] == place.needle:
             return place.value
         begin = place.keys * _WORD
         at = self._memory.find(place.needle, begin, begin + 2 * _WAYS * _WORD)
@@ -141,8 +144,7 @@ class Table:
         self._words[place.cell] = place.low
 
     def _remember(self, place: Place, way: int) -> int:
-        place.cell = place.keys + 2 * way
-        place.value = self._value(place, way)
+        place.sits(place.keys + 2 * way, self._value(place, way))
         return place.value
 
     def _value(self, place: Place, way: int) -> int:
