@@ -72,6 +72,7 @@ data path
     slots_remote  the waiting room of several workers, in the supervisor
     context     what one request knows about itself
     seat        the shared slots of one request, over failovers and hedges
+    allotment   what a caller's plan asks of the stores, prepared once
     admission   what a caller may use: rates, tokens, dollars, slots
     accounting  what a request reserves because of its cost, and its one settlement
     turnstile   how many requests may begin in one turn of the event loop

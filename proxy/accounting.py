@@ -13,8 +13,6 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from proxy import budgets, pricing
 from proxy.admission import Reservation
 from proxy.endpoints import Model
@@ -46,10 +44,9 @@ _numbers = itertools.count()
 _ENDED_BY_UPSTREAM = (Reason.UPSTREAM_ERROR, Reason.UPSTREAM_CUT)
 
 
-class Bill(msgspec.Struct):
+class Bill(Reservation):
     """What was reserved."""
 
-    tokens: Reservation
     spends: Sequence[Spend] = ()
 
 
@@ -59,34 +56,33 @@ async def open_bill(
     """output: tokens that the answer may have at most. Raises LimitExceeded, TokensLimited, BudgetExceeded:
     then nothing is held."""
     if entry is None or ctx.model is None:
-        return Bill(Reservation())
+        return Bill()
     if entry.requests_per_minute is not None:
         await admission.take_model_request(ctx.model, entry.requests_per_minute)
-    held = await admission.reserve_tokens(ctx, plan, (ctx.model, entry), ctx.asked_tokens + output)
-    try:
-        return Bill(held, await _reserve_dollars(admission, ctx, plan, entry, output))
-    except BaseException:  # a caller that leaves meanwhile too: the store may be at the end of a network
-        await admission.settle(held, 0)
-        raise
-
-
-async def _reserve_dollars(
-    admission: Admission, ctx: Context, plan: Plan | None, entry: schema.Model, output: int
-) -> Sequence[Spend]:
-    if plan is None or ctx.principal is None:
-        return ()
-    if not budgets.limited(ctx.principal, plan):
-        return ()
-    most = Usage(ctx.asked_tokens, 0, output, 0, Source.ESTIMATED)
-    nanos = pricing.cost_nanos(most, entry.price) or 0
-    return await admission.spend(budgets.spends(ctx.principal, plan, nanos, time.time()))
+    bill = Bill(ctx.asked_tokens + output)
+    waiting = admission.reserve_tokens(ctx, plan, entry, bill)
+    if waiting is not None:
+        await waiting
+    if plan is not None and ctx.principal is not None and budgets.limited(ctx.principal, plan):
+        most = Usage(ctx.asked_tokens, 0, output, 0, Source.ESTIMATED)
+        nanos = pricing.cost_nanos(most, entry.price) or 0
+        try:
+            bill.spends = await admission.spend(budgets.spends(ctx.principal, plan, nanos, time.time()))
+        except BaseException:  # a caller that leaves meanwhile too: the store may be at the end of a network
+            waiting = admission.settle(bill, 0)
+            if waiting is not None:
+                await waiting
+            raise
+    return bill
 
 
 async def settle(
     admission: Admission, ctx: Context, bill: Bill, entry: schema.Model | None, error: BaseException | None
 ) -> None:
     """Gives back what was reserved and not used. `entry`: the model that answered; `error`: what ended it."""
-    await admission.settle(bill.tokens, ctx.used_tokens())
+    waiting = admission.settle(bill, ctx.used_tokens())
+    if waiting is not None:
+        await waiting
     if ctx.usage is None:
         stored = ctx.endpoint is not None and ctx.endpoint.model is Model.NONE
         ctx.usage = _NOTHING if stored or _used_nothing(ctx, error) else UNKNOWN

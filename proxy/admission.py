@@ -2,7 +2,10 @@
 
 In the order of a request (contract, "Limits"): `spend_address` takes from the address; `arrive` from the
 caller's request rate, by the head alone; `take_model_request` and `reserve_tokens` what depends on the body;
-`settle` corrects the tokens once the real usage is known; `seat` holds the slots.
+`settle` corrects the tokens once the real usage is known; a seat holds the slots.
+
+What nearly every request does is a plain call while the store is near: it answers None when it is done, and
+else what is to be awaited.
 
 `limits.mode: observe` counts who would be refused and refuses nobody.
 """
@@ -17,14 +20,15 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from proxy import budgets
+from proxy.allotment import Allotment, Allotments, so_many
 from proxy.errors import BudgetExceeded, LimitExceeded, Overloaded, QueueFull, TokensLimited, TooManyInFlight
-from proxy.permit import Direct, Permit, Slots, Ticket, Wanted
+from proxy.permit import Choices, Direct, Permit, Slots, Ticket, Wanted
 from proxy.pricing import PICOS_PER_NANO, format_usd, usd
 from proxy.seat import Manner, Seat
 from proxy.state import Charge, Slot, Spend, StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from proxy.bucket import Decision
     from proxy.context import Context
@@ -38,10 +42,20 @@ if TYPE_CHECKING:
 OPEN_PLAN = "open"
 
 
-class Reservation(msgspec.Struct):
-    """Tokens that were taken for a request whose real usage is not known yet."""
+#: Orders of upstreams that are remembered; past that all are forgotten. Mostly there is one for a model.
+_REMEMBERED = 1024
 
+
+class Reservation(msgspec.Struct):
+    """Tokens that were taken for a request whose real usage is not known yet: `most` of them, if the buckets
+    hold so many."""
+
+    most: int = 0
     charges: tuple[Charge, ...] = ()
+
+
+#: Scopes, labels of the metrics, and what is taken from them.
+_Wanted = tuple[tuple[str, ...], tuple[Charge, ...]]
 
 
 class Admission:
@@ -50,10 +64,12 @@ class Admission:
     def __init__(self, limits: Limits, stores: Stores, slots: Slots, metrics: Metrics) -> None:
         self.state = stores.state
         self.slots = slots
-        self._own = Direct(stores.state, remote=stores.remote)
+        self._near = stores.state.near
+        self._direct = slots.direct
+        self._own = Direct(stores.state)
         self._local = stores.local
         self._machine_name = stores.machine
-        self._metrics = metrics
+        self._decided = metrics.limit_decisions.add
         self.reserved = 0  # reservations that are not settled yet
         self.limits = limits
 
@@ -66,8 +82,10 @@ class Admission:
     def limits(self, limits: Limits) -> None:
         self._limits = limits
         self._machine = Slot(self._machine_name, limits.max_in_flight)
-        self._slots_of: dict[Upstream, Slot] = {}
+        self._allotments = Allotments(self._machine)
+        self._choices: dict[tuple[Upstream, ...], Choices] = {}
         self._enforces = limits.mode == "enforce"
+        self._refused = "refused" if self._enforces else "observed"
 
     # ── the address ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -75,27 +93,27 @@ class Admission:
         """A failed authentication, or a request without one. On this machine only: no store is asked."""
         per_ip = self.limits.per_ip
         charge = Charge(f"ip:{client_ip}", per_ip.requests_per_minute, per_ip.burst)
-        decisions = await self._local.take([charge], monotonic())
-        self._judge(("ip",), decisions, LimitExceeded)
+        self._judge(("ip",), self._local.take_now([charge], monotonic()), LimitExceeded)
 
     # ── the caller ───────────────────────────────────────────────────────────────────────────────────────
 
-    async def arrive(self, ctx: Context, name: str, plan_name: str, plan: Plan) -> None:
+    def arrive(self, ctx: Context, principal: Principal, plan: Plan) -> Awaitable[None] | None:
         """Takes one request of the caller's rate, and of its plan's. Raises LimitExceeded."""
-        scopes, charges = [], []
-        if plan.requests_per_minute is not None:
-            scopes.append("key")
-            charges.append(request_charge(name, plan))
-        if plan.total_requests_per_minute is not None:
-            rate = plan.total_requests_per_minute
-            scopes.append("plan")
-            charges.append(Charge(f"plan:{plan_name}", rate, rate))
-        if not charges:
-            return
-        decisions = await self._take(charges)
-        if plan.requests_per_minute is not None:
+        allotment = self._allotments.of(principal, plan)
+        if not allotment.arrival:
+            return None
+        if self._near is None:
+            return self._arrive_far(ctx, allotment)
+        self._arrived(ctx, allotment, self._near.take_now(allotment.arrival, monotonic()))
+        return None
+
+    async def _arrive_far(self, ctx: Context, allotment: Allotment) -> None:
+        self._arrived(ctx, allotment, await self._take(allotment.arrival))
+
+    def _arrived(self, ctx: Context, allotment: Allotment, decisions: Sequence[Decision]) -> None:
+        if allotment.requests is not None:
             ctx.allowance["requests"] = decisions[0]
-        self._judge(scopes, decisions, LimitExceeded)
+        self._judge(allotment.scopes, decisions, LimitExceeded)
 
     # ── what the body asks for ───────────────────────────────────────────────────────────────────────────
 
@@ -103,47 +121,65 @@ class Admission:
         """One request of the model's own `rate` a minute. Raises LimitExceeded."""
         self._judge(("model",), await self._take([Charge(f"model:{name}", rate, rate)]), LimitExceeded)
 
-    async def reserve_tokens(
-        self, ctx: Context, plan: Plan | None, model: tuple[str, Model], tokens: int
-    ) -> Reservation:
-        """Takes the tokens that a request may cost, at most a full bucket of them. Raises TokensLimited."""
-        model_name, entry = model
-        scopes, charges = [], []
-        if plan is not None and plan.tokens_per_minute is not None and ctx.principal is not None:
-            scopes.append("tokens")
-            charges.append(token_charge(ctx.principal.name, plan, tokens))
-        if entry.tokens_per_minute is not None:
-            rate = entry.tokens_per_minute
-            scopes.append("model")
-            charges.append(Charge(f"model-tokens:{model_name}", rate, rate, min(tokens, rate)))
+    def reserve_tokens(
+        self, ctx: Context, plan: Plan | None, entry: Model, held: Reservation
+    ) -> Awaitable[None] | None:
+        """Takes `held.most` tokens, at most a full bucket of them. Raises TokensLimited."""
+        scopes: tuple[str, ...] = ()
+        charges: tuple[Charge, ...] = ()
+        own, rate = self._allotments.of(ctx.principal, plan).tokens, entry.tokens_per_minute
+        if own is not None:
+            scopes, charges = ("tokens",), (so_many(own, held.most),)
+        if rate is not None:
+            scopes += ("model",)
+            charges += (so_many(Charge(f"model-tokens:{ctx.model}", rate, rate), held.most),)
         if not charges:
-            return Reservation()
-        decisions = await self._take(charges)
+            return None
+        if self._near is None:
+            return self._reserve_far(ctx, held, (scopes, charges))
+        self._reserved(ctx, held, (scopes, charges), self._near.take_now(charges, monotonic()))
+        return None
+
+    async def _reserve_far(self, ctx: Context, held: Reservation, wanted: _Wanted) -> None:
+        self._reserved(ctx, held, wanted, await self._take(wanted[1]))
+
+    def _reserved(
+        self, ctx: Context, held: Reservation, wanted: _Wanted, decisions: Sequence[Decision]
+    ) -> None:
+        scopes, charges = wanted
         if scopes[0] == "tokens":
             ctx.allowance["tokens"] = decisions[0]
-        self._judge(scopes, decisions, TokensLimited)
-        if not all([decision.allowed for decision in decisions]):
-            return Reservation()  # observed only: nothing was taken
-        self.reserved += 1
-        return Reservation(tuple(charges))
+        if self._judge(scopes, decisions, TokensLimited):  # else it is only observed: nothing was taken
+            held.charges = charges
+            self.reserved += 1
 
-    async def settle(self, reservation: Reservation, tokens: int | None) -> None:
+    def settle(self, held: Reservation, tokens: int | None) -> Awaitable[None] | None:
         """Corrects a reservation by what was really used; a second call does nothing. None: nobody knows,
         and what was reserved stays spent."""
-        charges, reservation.charges = reservation.charges, ()
-        self.reserved -= bool(charges)
+        charges = held.charges
+        if not charges:
+            return None
+        held.charges = ()
+        self.reserved -= 1
         if tokens is None:
-            return
+            return None
         corrections = [
             Charge(charge.bucket_id, charge.rate_per_minute, charge.burst, tokens - charge.amount)
             for charge in charges
             if tokens != charge.amount
         ]
-        if corrections:
-            try:
-                await self.state.settle(corrections, monotonic())
-            except StoreUnavailable:
-                pass  # the bucket fills up by itself
+        if not corrections:
+            return None
+        if self._near is None:
+            return self._settle_far(corrections)
+        self._near.settle_now(corrections, monotonic())
+        return None
+
+    async def _settle_far(self, corrections: Sequence[Charge]) -> None:
+        try:
+            await self.state.settle(corrections, monotonic())
+        except StoreUnavailable:
+            pass  # the bucket fills up by itself
 
     async def spend(self, wanted: Sequence[Spend]) -> Sequence[Spend]:
         """Takes from all budgets or none. Raises BudgetExceeded; empty if it is only observed."""
@@ -187,80 +223,77 @@ class Admission:
 
     # ── slots ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def seat(
+    def seat_at_once(self, ctx: Context, plan: Plan | None, upstreams: Sequence[Upstream]) -> Seat | None:
+        """The caller's own slot, the machine's and one upstream's, if all of them are free: nearly always.
+        None: `seat_in_turn` has to be asked, now. To be left, however the request ends."""
+        allotment = self._allotments.of(ctx.principal, plan)
+        permit = self._direct.take_now(allotment.slots, self._choices_of(upstreams))
+        return None if permit is None else self._seated(ctx, allotment, permit)
+
+    async def seat_in_turn(
         self, ctx: Context, plan: Plan | None, upstreams: Sequence[Upstream], manner: Manner
     ) -> Seat:
         """The caller's own slot at once or 429; the machine's and one upstream's together, waiting if need
-        be. To be left (`async with`), however the request ends."""
+        be. To be left, however the request ends."""
         began_at = monotonic()
-        own = None
-        if plan is not None and plan.max_in_flight is not None and ctx.principal is not None:
-            own = own_slot(ctx.principal.name, plan)
+        allotment, choices = self._allotments.of(ctx.principal, plan), self._choices_of(upstreams)
         try:
-            # Nearly always all of them are free: one step. Who finds them taken asks one after the other.
-            permit = await self.slots.try_now(self._wanted(upstreams, own))
-            if permit is None:
-                return await self._seat_in_turn(ctx, plan, own, (upstreams, manner))
+            if self._near is None:
+                permit = await self._direct.try_now(Wanted(allotment.slots, choices))
+                if permit is not None:
+                    return self._seated(ctx, allotment, permit)
+            own = None if allotment.slot is None else await self._own_slot(allotment.slot)
+            try:
+                wanted = Wanted((self._machine,), choices)
+                shared = await self._shared_slots(wanted, _ticket(ctx, plan, manner), manner)
+            except BaseException:  # a caller that leaves the queue too
+                if own is not None:
+                    own.release()
+                raise
+            return Seat(shared, own, self._direct, self._choices_of)
         except StoreUnavailable:
             raise Overloaded from None
         finally:
             ctx.queue_s = monotonic() - began_at
-        if own is not None:
-            self._count("in_flight", allowed=True)
-        self._count("global", allowed=True)
-        return Seat(permit, None, self.slots, self.slot_of)
 
-    async def _seat_in_turn(
-        self, ctx: Context, plan: Plan | None, own: Slot | None, wish: tuple[Sequence[Upstream], Manner]
-    ) -> Seat:
-        name, priority = OPEN_PLAN, 0
-        if ctx.principal is not None and plan is not None:
-            name, priority = ctx.principal.plan, plan.priority
-        upstreams, manner = wish
-        ticket = Ticket(name, priority, manner is Manner.LOW)
-        held = None if own is None else await self._own_slot(own)
-        try:
-            permit = await self._shared_slots(self._wanted(upstreams, None), ticket, manner)
-        except BaseException:  # a caller that leaves the queue too
-            if held is not None:
-                await held.release()
-            raise
-        return Seat(permit, held, self.slots, self.slot_of)
+    def _seated(self, ctx: Context, allotment: Allotment, permit: Permit) -> Seat:
+        if allotment.slot is not None:
+            self._decided(("in_flight", "allowed"))
+        self._decided(("global", "allowed"))
+        ctx.queue_s = 0.0
+        return Seat(permit, None, self._direct, self._choices_of)
 
-    async def left(self, name: str, plan: Plan) -> dict[str, object]:
+    async def left(self, principal: Principal, plan: Plan) -> dict[str, object]:
         """What a caller could use now, by unit; null is no limit."""
         now = monotonic()
+        allotment = self._allotments.of(principal, plan)
+        rates = {"requests": allotment.requests, "tokens": allotment.tokens}
         units: dict[str, object] = {"requests": None, "tokens": None, "in_flight": None}
         try:
-            if plan.requests_per_minute is not None:
-                (decision,) = await self.state.peek([request_charge(name, plan, 0)], now)
-                units["requests"] = _as_document(decision, plan.requests_per_minute)
-            if plan.tokens_per_minute is not None:
-                (decision,) = await self.state.peek([token_charge(name, plan, 0)], now)
-                units["tokens"] = _as_document(decision, plan.tokens_per_minute)
-            if plan.max_in_flight is not None:
-                (taken,) = await self.state.peek_slots([own_slot(name, plan).name], now)
-                left = max(plan.max_in_flight - taken, 0)
-                units["in_flight"] = {"limit": plan.max_in_flight, "remaining": left}
+            for unit, charge in rates.items():
+                if charge is not None:
+                    (decision,) = await self.state.peek([so_many(charge, 0)], now)
+                    units[unit] = _as_document(decision, charge.rate_per_minute)
+            if (slot := allotment.slot) is not None:
+                (taken,) = await self.state.peek_slots([slot.name], now)
+                units["in_flight"] = {"limit": slot.limit, "remaining": max(slot.limit - taken, 0)}
         except StoreUnavailable:
             raise Overloaded from None
         return units
 
-    def _wanted(self, upstreams: Sequence[Upstream], own: Slot | None) -> Wanted:
-        """The machine's slot, and one of these upstreams'; with the caller's own if it is not held yet."""
-        machine = self._machine
-        return Wanted(
-            (machine,) if own is None else (own, machine),
-            tuple([(each.name, self.slot_of(each)) for each in upstreams]),
-        )
+    def _choices_of(self, upstreams: Sequence[Upstream]) -> Choices:
+        """Kept for each configuration of an upstream and of the limits."""
+        key = tuple(upstreams)
+        choices = self._choices.get(key)
+        if choices is None:
+            if len(self._choices) >= _REMEMBERED:
+                self._choices.clear()
+            choices = self._choices[key] = tuple([(each.name, self._slot_of(each)) for each in upstreams])
+        return choices
 
-    def slot_of(self, upstream: Upstream) -> Slot:
-        """Made once for each configuration of an upstream and of the limits."""
-        slot = self._slots_of.get(upstream)
-        if slot is None:
-            most = upstream.settings.max_in_flight or self._limits.max_in_flight
-            slot = self._slots_of[upstream] = Slot(f"upstream:{upstream.name}", most)
-        return slot
+    def _slot_of(self, upstream: Upstream) -> Slot:
+        most = upstream.settings.max_in_flight or self._limits.max_in_flight
+        return Slot(f"upstream:{upstream.name}", most)
 
     async def _own_slot(self, slot: Slot) -> Permit | None:
         """Raises TooManyInFlight."""
@@ -273,7 +306,7 @@ class Admission:
     async def _shared_slots(self, wanted: Wanted, ticket: Ticket, manner: Manner) -> Permit | None:
         """Raises QueueFull, QueueTimeout, Draining."""
         if not self._enforces or manner is Manner.NOW:
-            permit = await self.slots.try_now(wanted)
+            permit = await self._direct.try_now(wanted)
             self._count("global", allowed=permit is not None)
             if permit is None and self._enforces:
                 raise Overloaded
@@ -296,19 +329,28 @@ class Admission:
 
     def _judge(
         self, scopes: Sequence[str], decisions: Sequence[Decision], refusal: type[LimitExceeded]
-    ) -> None:
-        """Counts each decision; the longest wait of those that refuse is the caller's."""
+    ) -> bool:
+        """Counts each decision; are all allowed? The longest wait of those that refuse is the caller's."""
         wait_s = 0.0
         for scope, decision in zip(scopes, decisions, strict=True):
-            self._count(scope, allowed=decision.allowed)
-            if decision.retry_after_s > wait_s:
-                wait_s = decision.retry_after_s
+            if decision.allowed:
+                self._decided((scope, "allowed"))
+            else:
+                self._decided((scope, self._refused))
+                wait_s = max(wait_s, decision.retry_after_s)
         if wait_s > 0 and self._enforces:
             raise refusal(wait_s)
+        return wait_s == 0
 
     def _count(self, scope: str, *, allowed: bool) -> None:
-        result = "allowed" if allowed else "refused" if self._enforces else "observed"
-        self._metrics.limit_decisions.add((scope, result))
+        self._decided((scope, "allowed" if allowed else self._refused))
+
+
+def _ticket(ctx: Context, plan: Plan | None, manner: Manner) -> Ticket:
+    low = manner is Manner.LOW
+    if ctx.principal is None or plan is None:
+        return Ticket(OPEN_PLAN, low=low)
+    return Ticket(ctx.principal.plan, plan.priority, low)
 
 
 def _budget_document(budget: Spend, spent: int) -> dict[str, object]:
@@ -329,31 +371,10 @@ def _date(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _as_document(decision: Decision, per_minute: int) -> dict[str, object]:
+def _as_document(decision: Decision, per_minute: float) -> dict[str, object]:
     return {
         "per_minute": per_minute,
         "limit": decision.limit,
         "remaining": decision.remaining,
         "reset_seconds": round(decision.reset_after_s, 3),
     }
-
-
-def request_charge(name: str, plan: Plan, amount: int = 1) -> Charge:
-    """One request of a caller; the plan has a request rate."""
-    assert plan.requests_per_minute is not None
-    return Charge(
-        f"requests:{name}", plan.requests_per_minute, plan.burst or plan.requests_per_minute, amount
-    )
-
-
-def own_slot(name: str, plan: Plan) -> Slot:
-    """A caller's own slot; the plan has a limit of requests in flight."""
-    assert plan.max_in_flight is not None
-    return Slot(f"caller:{name}", plan.max_in_flight)
-
-
-def token_charge(name: str, plan: Plan, tokens: int) -> Charge:
-    """Tokens of a caller, at most a full bucket; the plan has a token rate."""
-    rate = plan.tokens_per_minute
-    assert rate is not None
-    return Charge(f"tokens:{name}", rate, rate, min(tokens, rate))

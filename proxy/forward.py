@@ -305,7 +305,7 @@ class Forwarding:
                 if attempt is not won:
                     task.cancel()
                     attempt.close()
-            await self._seat.keep(None if won is None else won.upstream)
+            self._seat.keep(None if won is None else won.upstream)
 
     async def _outcome(self, job: Job, attempt: Attempt) -> Exception | None:
         """The failure as a value: nobody may be left to take an exception."""
@@ -329,7 +329,7 @@ class Forwarding:
         hedge = self._begin(job, target) if await self._seat.add(target.upstream) else None
         if hedge is None:
             self._account.give_back(reached=False)
-            await self._seat.keep(None)
+            self._seat.keep(None)
         return hedge
 
 

@@ -99,7 +99,7 @@ async def limits(request: web.Request) -> web.Response:
     plan = core.plan_of(principal)
     if principal is None or plan is None:
         return _json({"object": "limits", "plan": None})
-    left = await core.admission.left(principal.name, plan)
+    left = await core.admission.left(principal, plan)
     return _json({"object": "limits", "plan": principal.plan, "priority": plan.priority, **left})
 
 

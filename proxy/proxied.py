@@ -128,7 +128,10 @@ async def _ask(request: web.Request, job: Job, groups: Groups, manner: Manner) -
     plan = _plan_of(core, ctx.principal)
     upstreams = [target.upstream for target in ranking]
     with in_use(groups):
-        async with await core.admission.seat(ctx, plan, upstreams, manner) as seat:
+        seat = core.admission.seat_at_once(ctx, plan, upstreams)
+        if seat is None:
+            seat = await core.admission.seat_in_turn(ctx, plan, upstreams, manner)
+        with seat:
             first = next((each for each in ranking if each.upstream.name == seat.upstream), ranking[0])
             settings = core.config
             delivery = Delivery(request, ctx, settings.streams, settings.timeouts.write, core.metrics)

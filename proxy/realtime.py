@@ -248,7 +248,10 @@ class _Session:
             if not ranking:
                 raise nobody_available(turns)
             upstreams = [target.upstream for target in ranking]
-            async with await core.admission.seat(ctx, plan, upstreams, self._manner()) as seat:
+            seat = core.admission.seat_at_once(ctx, plan, upstreams)
+            if seat is None:
+                seat = await core.admission.seat_in_turn(ctx, plan, upstreams, self._manner())
+            with seat:
                 place = next((each for each in ranking if each.upstream.name == seat.upstream), ranking[0])
                 attempt = await Dialer(core, ctx, seat, self._opening).dial(turns, place)
                 opened = True

@@ -4,12 +4,12 @@ upstream's, a hedge holds two for a while.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from proxy.permit import Permit, Slots, Wanted
-from proxy.state import Slot, StoreUnavailable
+from proxy.permit import Choices, Direct, Permit, Wanted
+from proxy.state import StoreUnavailable
 from proxy.tasks import spawn
 
 if TYPE_CHECKING:
@@ -26,21 +26,21 @@ class Manner(StrEnum):
 
 class Seat:
     """The machine's slot and an upstream's, and the caller's own: in the same permit, or in one of its own.
-    `permit` None: observed only, there was none."""
+    `permit` None: observed only, there was none. A context manager."""
 
-    __slots__ = ("_extra", "_own", "_permit", "_slot_of", "_slots")
+    __slots__ = ("_choices_of", "_direct", "_extra", "_own", "_permit")
 
     def __init__(
         self,
         permit: Permit | None,
         own: Permit | None,
-        slots: Slots,
-        slot_of: Callable[[Upstream], Slot],
+        direct: Direct,
+        choices_of: Callable[[Sequence[Upstream]], Choices],
     ) -> None:
         self._permit = permit
         self._own = own
-        self._slots = slots
-        self._slot_of = slot_of
+        self._direct = direct
+        self._choices_of = choices_of
         self._extra: Permit | None = None
 
     @property
@@ -53,7 +53,7 @@ class Seat:
         if self._permit is None or self._permit.upstream == upstream.name:
             return True
         try:
-            return await self._slots.failover(self._permit, ((upstream.name, self._slot_of(upstream)),))
+            return await self._direct.failover(self._permit, self._choices_of((upstream,)))
         except StoreUnavailable:
             return False
 
@@ -61,31 +61,33 @@ class Seat:
         """For a hedge: a slot of that upstream as well, if one is free at once."""
         if self._permit is None:
             return True
-        wanted = Wanted((), ((upstream.name, self._slot_of(upstream)),))
         try:
-            self._extra = await self._slots.try_now(wanted)
+            self._extra = await self._direct.try_now(Wanted((), self._choices_of((upstream,))))
         except StoreUnavailable:
             return False
         return self._extra is not None
 
-    async def keep(self, upstream: Upstream | None) -> None:
-        """After a hedge: only this upstream's slot. Never suspends."""
+    def keep(self, upstream: Upstream | None) -> None:
+        """After a hedge: only this upstream's slot."""
         extra, self._extra = self._extra, None
         if extra is None:
             return
         if self._permit is not None and upstream is not None and extra.upstream == upstream.name:
             spawn(self._permit.shrink(self._permit.take_over(extra)), "shrink a permit")
         else:
-            await extra.release()
+            extra.release()
 
-    async def __aenter__(self) -> Seat:
+    def leave(self) -> None:
+        """Gives everything back; a second time nothing."""
+        if self._extra is not None:
+            self.keep(None)
+        if self._permit is not None:
+            self._permit.release()
+        if self._own is not None:
+            self._own.release()
+
+    def __enter__(self) -> Seat:
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        """Never suspends."""
-        if self._extra is not None:
-            await self.keep(None)
-        if self._permit is not None:
-            await self._permit.release()
-        if self._own is not None:
-            await self._own.release()
+    def __exit__(self, *_: object) -> None:
+        self.leave()

@@ -135,7 +135,6 @@ class Server:
                 stores.state,
                 queue.max_waiting,
                 queue.max_wait,
-                remote=stores.remote,
                 waited=self.waited,
             )
         self.core.admission = Admission(limits, stores, slots, self.metrics)

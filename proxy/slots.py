@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from proxy.errors import Draining, Internal, QueueFull, QueueTimeout
 from proxy.fairqueue import DrainRate, FairQueue
-from proxy.permit import Choices, Direct, Found, Permit, Ticket, Wanted
+from proxy.permit import Direct, Found, Permit, Ticket, Wanted
 from proxy.state import Slot, State, StoreUnavailable
 from proxy.tasks import spawn
 
@@ -58,14 +58,13 @@ class WaitingRoom:
         max_waiting: int,
         max_wait_s: float,
         *,
-        remote: bool = False,
         waited: Callable[[str, float], None] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_waiting = max_waiting
         self.max_wait_s = max_wait_s
-        self._direct = Direct(state, remote=remote, freed=self.released, clock=clock)
-        self._poll_s = _POLL_REMOTE_S if remote else _POLL_S
+        self.direct = Direct(state, freed=self.released, clock=clock)
+        self._poll_s = _POLL_REMOTE_S if state.near is None else _POLL_S
         self._waited = waited
         self._queue: FairQueue[_Flow, _Waiter] = FairQueue()
         self._rate = DrainRate()
@@ -112,30 +111,24 @@ class WaitingRoom:
 
     # ── Slots ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def try_now(self, wanted: Wanted) -> Permit | None:
-        return await self._direct.try_now(wanted)
-
-    async def failover(self, permit: Permit, choices: Choices) -> bool:
-        return await self._direct.failover(permit, choices)
-
     async def enter(self, wanted: Wanted, ticket: Ticket) -> Permit:
-        permit = await self._direct.try_now(wanted)
+        permit = await self.direct.try_now(wanted)
         if permit is not None:
             return permit
         self._check_room()
-        self._direct.contended |= await self._held_up_by(wanted)
+        self.direct.contended |= await self._held_up_by(wanted)
         waiter = self._join(wanted, ticket)
         late = asyncio.get_running_loop().call_later(self.max_wait_s, self._expire, waiter)
         try:
             outcome = await waiter.outcome
         except asyncio.CancelledError:
-            await self._leave(waiter)
+            self._leave(waiter)
             raise
         finally:
             late.cancel()
         if isinstance(outcome, Exception):
             raise outcome
-        return Permit(outcome[0], wanted.base, self._direct, outcome[1])
+        return Permit(outcome[0], wanted.base, self.direct, outcome[1])
 
     # ── coming and going ─────────────────────────────────────────────────────────────────────────────────
 
@@ -143,17 +136,17 @@ class WaitingRoom:
         if self._closed:
             raise Draining
         if len(self._queue) >= self.max_waiting:
-            raise QueueFull(self._rate.retry_after_s(len(self._queue), self._direct.clock()))
+            raise QueueFull(self._rate.retry_after_s(len(self._queue), self.direct.clock()))
 
     async def _held_up_by(self, wanted: Wanted) -> set[str]:
         """What a newcomer waits for, before the room has looked; without a suspension, so that nobody barges
         meanwhile. To ask a store that is far away would take one: then it may be any slot."""
-        if self._direct.remote:
+        if self.direct.near is None:
             return {slot.name for slot in _slots_of(wanted)}
         return _held_up_by(wanted, await self._full(set(_slots_of(wanted))))
 
     def _join(self, wanted: Wanted, ticket: Ticket) -> _Waiter:
-        now = self._direct.clock()
+        now = self.direct.clock()
         if not self._queue:
             self._rate.began(now)
         waiter = _Waiter((wanted, ticket.plan, ticket.low), now)
@@ -163,16 +156,16 @@ class WaitingRoom:
             self._looking = spawn(self._serve(), "waiting room")
         return waiter
 
-    async def _leave(self, waiter: _Waiter) -> None:
+    def _leave(self, waiter: _Waiter) -> None:
         """The task was cancelled, perhaps in the very instant of the grant."""
         if self._queue.remove(waiter.flow, waiter):
             self._look.set()
         elif not waiter.outcome.cancelled() and isinstance(found := waiter.outcome.result(), tuple):
-            await self._direct.give_back(found[1])
+            self.direct.give_back(found[1])
 
     def _expire(self, waiter: _Waiter) -> None:
         if self._queue.remove(waiter.flow, waiter):
-            now = self._direct.clock()
+            now = self.direct.clock()
             waiter.end(QueueTimeout(self._rate.retry_after_s(len(self._queue), now)))
             self._waited(waiter.flow[1], now - waiter.came_at)
             self._look.set()
@@ -212,13 +205,13 @@ class WaitingRoom:
     async def _full(self, wanted: set[Slot]) -> set[Slot]:
         """Those that have no place free."""
         slots = list(wanted)
-        taken = await self._direct.state.peek_slots([slot.name for slot in slots], self._direct.clock())
+        taken = await self.direct.state.peek_slots([slot.name for slot in slots], self.direct.clock())
         return {slot for slot, count in zip(slots, taken, strict=True) if count >= slot.limit}
 
     async def _serve_one(self, flow: _Flow, full: set[Slot]) -> None:
         wanted = flow[0]
         upstream, slot = next(each for each in wanted.choices if each[1] not in full)
-        lease = await self._direct.state.acquire((*wanted.base, slot), self._direct.clock())
+        lease = await self.direct.state.acquire((*wanted.base, slot), self.direct.clock())
         if lease is None:  # it was free a moment ago: by the next look we know which one it is
             full.add(slot)
             return
@@ -226,14 +219,14 @@ class WaitingRoom:
         while waiter is not None and not waiter.end((upstream, lease)):  # cancelled, and not yet awake
             waiter = self._queue.pop(flow, lambda flow: _can_go(flow[0], full))
         if waiter is None:
-            await self._direct.give_back(lease)
+            self.direct.give_back(lease)
             return
-        now = self._direct.clock()
+        now = self.direct.clock()
         self._rate.granted(now)
         self._waited(flow[1], now - waiter.came_at)
 
     def _tell(self, contended: frozenset[str]) -> None:
-        self._direct.contended = contended
+        self.direct.contended = contended
         if contended != self._told:
             self._told = contended
             for watcher in list(self._watchers):

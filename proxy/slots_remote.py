@@ -25,7 +25,7 @@ import msgspec
 
 from proxy.control import Channel
 from proxy.errors import Draining, Internal, Overloaded, QueueFull, QueueTimeout
-from proxy.permit import Choices, Direct, Permit, Ticket, Wanted
+from proxy.permit import Direct, Permit, Ticket, Wanted
 from proxy.slots import WaitingRoom
 from proxy.state import Slot, StoreUnavailable
 from proxy.tasks import spawn
@@ -44,7 +44,7 @@ class RemoteRoom:
     def __init__(self, channel: Channel, direct: Direct, max_wait_s: float) -> None:
         self.max_wait_s = max_wait_s
         self._channel = channel
-        self._direct = direct
+        self.direct = direct
         self._numbers = itertools.count(1)
         self._answers: dict[int, asyncio.Future[str | Exception]] = {}
         channel.closed.add_done_callback(self._lost)
@@ -57,7 +57,7 @@ class RemoteRoom:
     def heard(self, verb: str, payload: Any) -> None:
         """Takes a note of the supervisor that begins with `queue.`."""
         if verb == "queue.contended":
-            self._direct.contended = frozenset(payload)
+            self.direct.contended = frozenset(payload)
             return
         number, *words = payload
         answer = self._answers.get(number)
@@ -67,14 +67,8 @@ class RemoteRoom:
 
     # ── Slots ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def try_now(self, wanted: Wanted) -> Permit | None:
-        return await self._direct.try_now(wanted)
-
-    async def failover(self, permit: Permit, choices: Choices) -> bool:
-        return await self._direct.failover(permit, choices)
-
     async def enter(self, wanted: Wanted, ticket: Ticket) -> Permit:
-        permit = await self._direct.try_now(wanted)
+        permit = await self.direct.try_now(wanted)
         if permit is not None:
             return permit
         number = next(self._numbers)
@@ -85,7 +79,7 @@ class RemoteRoom:
 
     # ── Keeper ───────────────────────────────────────────────────────────────────────────────────────────
 
-    async def give_back(self, token: int) -> None:
+    def give_back(self, token: int) -> None:
         self._say("queue.leave", token)
 
     async def keep_only(self, token: int, slots: tuple[Slot, ...]) -> int | None:
@@ -123,7 +117,7 @@ class RemoteRoom:
 
     def _lost(self, _: asyncio.Future[None]) -> None:
         """There is no queue any more: what is free is taken, who finds nothing is told to come back."""
-        self._direct.contended = frozenset()
+        self.direct.contended = frozenset()
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_result(Draining())
@@ -179,7 +173,7 @@ class Door:
     def _let_out(self, number: int) -> None:
         permit = self._permits.pop(number, None)
         if permit is not None:
-            spawn(permit.release(), "give slots back")
+            permit.release()
         elif number in self._entering:
             self._entering[number].cancel()
 

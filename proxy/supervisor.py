@@ -187,7 +187,6 @@ class Front:
             stores.state,
             limits.queue.max_waiting,
             limits.queue.max_wait,
-            remote=stores.remote,
             waited=lambda plan, seconds: metrics.queue_wait.observe((plan,), seconds),
         )
 

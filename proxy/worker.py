@@ -81,8 +81,7 @@ class WorkerProcess:
         channel.close()
 
     def _make_room(self, channel: Channel, stores: Stores, settings: config.Config) -> RemoteRoom:
-        direct = Direct(stores.state, remote=stores.remote)
-        self._room = RemoteRoom(channel, direct, settings.limits.queue.max_wait)
+        self._room = RemoteRoom(channel, Direct(stores.state), settings.limits.queue.max_wait)
         return self._room
 
     async def _speak(self, channel: Channel, server: Server) -> None:

@@ -36,6 +36,8 @@ BASIC, PRO, ENTERPRISE = Ticket("basic", 0), Ticket("pro", 5), Ticket("enterpris
 class Far(MemoryState):
     """Shared memory at the end of a long way: each verb suspends before and after it happens."""
 
+    near = None
+
     async def acquire(self, slots: Sequence[Slot], now: float) -> Held | None:
         await asyncio.sleep(0)
         held = await super().acquire(slots, now)
@@ -57,16 +59,15 @@ class Far(MemoryState):
 class Lab:
     """A store with one room, and what a test wants to know about both."""
 
-    def __init__(self, state: State, other: State, *, remote: bool) -> None:
+    def __init__(self, state: State, other: State) -> None:
         self.state = state
         self.other = other  # another process, as it were
-        self.remote = remote
         self.waits: list[str] = []
         self.room = self.open_room()
 
     def open_room(self, max_waiting: int = 200, max_wait_s: float = 20.0, **more: Any) -> WaitingRoom:
         more.setdefault("waited", lambda plan, _: self.waits.append(plan))
-        self.room = WaitingRoom(self.state, max_waiting, max_wait_s, remote=self.remote, **more)
+        self.room = WaitingRoom(self.state, max_waiting, max_wait_s, **more)
         return self.room
 
     async def taken(self, *slots: Slot) -> list[int]:
@@ -92,9 +93,9 @@ class Lab:
 
 
 @asynccontextmanager
-async def _memory(kind: type[MemoryState], remote: bool) -> AsyncIterator[Lab]:
+async def _memory(kind: type[MemoryState]) -> AsyncIterator[Lab]:
     fd = shared.create(lease_s=600)  # nobody renews here: a leak must not look like a give-back
-    lab = Lab(kind(fd, 0), shared.attach(fd, 1), remote=remote)
+    lab = Lab(kind(fd, 0), shared.attach(fd, 1))
     yield lab
     await lab.room.close()
     await lab.state.close()
@@ -104,20 +105,20 @@ async def _memory(kind: type[MemoryState], remote: bool) -> AsyncIterator[Lab]:
 
 @asynccontextmanager
 async def near() -> AsyncIterator[Lab]:
-    async with _memory(MemoryState, remote=False) as lab:
+    async with _memory(MemoryState) as lab:
         yield lab
 
 
 @asynccontextmanager
 async def far() -> AsyncIterator[Lab]:
-    async with _memory(Far, remote=True) as lab:
+    async with _memory(Far) as lab:
         yield lab
 
 
 @asynccontextmanager
 async def on_redis() -> AsyncIterator[Lab]:
     async with redis_server() as server:
-        lab = Lab(*(RedisState(server.url, 2.0, lease_s=600) for _ in range(2)), remote=True)
+        lab = Lab(*(RedisState(server.url, 2.0, lease_s=600) for _ in range(2)))
         yield lab
         await lab.room.close()
         await lab.state.close()
@@ -149,14 +150,14 @@ async def test_free_slots_are_taken_at_once(lab: Lab) -> None:
     permit = await lab.room.enter(WANTED, BASIC)
     assert permit.upstream == "one"
     assert await lab.taken() == [1, 1]
-    async with permit:
+    with permit:
         pass
     await lab.becomes([0, 0])
-    await permit.release()
+    permit.release()
     again = await lab.room.enter(WANTED, BASIC)
-    await permit.release()
+    permit.release()
     assert await lab.taken() == [1, 1]
-    await again.release()
+    again.release()
     await lab.becomes([0, 0])
     assert lab.room.waiting == 0
     assert lab.waits == []
@@ -167,13 +168,13 @@ async def test_the_first_choice_that_is_free(lab: Lab) -> None:
     wanted = Wanted((MACHINE,), (("one", ONE), ("two", TWO)))
     first, second = await lab.room.enter(wanted, BASIC), await lab.room.enter(wanted, BASIC)
     assert [first.upstream, second.upstream] == ["one", "two"]
-    assert await lab.room.try_now(wanted) is None
+    assert await lab.room.direct.try_now(wanted) is None
     (waiting,) = await lab.queue(BASIC, wanted=wanted)
-    await second.release()
+    second.release()
     third = await in_time(waiting)
     assert third.upstream == "two"
-    await first.release()
-    await third.release()
+    first.release()
+    third.release()
     await lab.becomes([0, 0, 0], MACHINE, ONE, TWO)
 
 
@@ -191,8 +192,8 @@ async def test_a_waiter_holds_nothing(lab: Lab) -> None:
     for waiter in (*for_upstream, *for_machine):
         waiter.cancel()
     await until(lambda: lab.room.waiting == 0)
-    await permit.release()
-    await other.release()
+    permit.release()
+    other.release()
     await lab.becomes([0, 0], MACHINE, Slot("narrow", 1))
 
 
@@ -203,11 +204,11 @@ async def test_the_middle_one_leaves(lab: Lab) -> None:
     middle.cancel()
     await asyncio.wait([middle])
     assert lab.room.waiting == 2
-    await permit.release()
+    permit.release()
     got = await in_time(first)
     assert not last.done()
-    await got.release()
-    await (await in_time(last)).release()
+    got.release()
+    (await in_time(last)).release()
     await lab.becomes([0, 0])
     assert lab.waits == ["basic", "basic"]
 
@@ -218,10 +219,10 @@ async def test_leaving_in_the_instant_of_the_grant(quick: Lab) -> None:
     room = quick.open_room(waited=lambda *_: tasks[0].cancel())
     permit = await room.enter(WANTED, BASIC)
     tasks += await quick.queue(BASIC, BASIC)
-    await permit.release()
+    permit.release()
     await asyncio.wait([tasks[0]], timeout=5)
     assert tasks[0].cancelled()
-    await (await in_time(tasks[1])).release()
+    (await in_time(tasks[1])).release()
     await quick.becomes([0, 0])
 
 
@@ -231,8 +232,8 @@ async def test_cancelled_and_not_yet_awake(quick: Lab) -> None:
     first, second = await quick.queue(BASIC, BASIC)
     quick.room.released()
     first.cancel()
-    await permit.release()
-    await (await in_time(second)).release()
+    permit.release()
+    (await in_time(second)).release()
     await asyncio.wait([first])
     assert first.cancelled()
     await quick.becomes([0, 0])
@@ -243,12 +244,12 @@ async def test_leaving_so_many_steps_after_the_release(quick: Lab, steps: int) -
     """At every step between give-back and grant: it has its permit, or leaves nothing behind."""
     permit = await quick.room.enter(WANTED, BASIC)
     first, second = await quick.queue(BASIC, BASIC)
-    await permit.release()
+    permit.release()
     for _ in range(steps):
         await asyncio.sleep(0)
     if not first.cancel():
-        await (await first).release()
-    await (await in_time(second)).release()
+        (await first).release()
+    (await in_time(second)).release()
     await quick.becomes([0, 0])
 
 
@@ -259,7 +260,7 @@ async def test_leaving_so_many_steps_after_coming(quick: Lab, steps: int) -> Non
     for _ in range(steps):
         await asyncio.sleep(0)
     if not task.cancel():
-        await (await task).release()
+        (await task).release()
     await asyncio.wait([task])
     await quick.becomes([0, 0])
 
@@ -270,7 +271,7 @@ async def test_a_slot_that_another_process_gave_back(lab: Lab) -> None:
     assert lease is not None
     (waiting,) = await lab.queue(BASIC)
     await lab.other.release(lease)
-    await (await in_time(waiting)).release()
+    (await in_time(waiting)).release()
     await lab.becomes([0, 0])
 
 
@@ -281,12 +282,12 @@ async def test_a_full_upstream_holds_up_nobody_else(lab: Lab) -> None:
     await until(lambda: lab.room.contended == {ONE.name})
     newcomer = await in_time(lab.room.enter(two, BASIC))
     (behind,) = await lab.queue(BASIC, wanted=two)
-    await newcomer.release()
-    await (await in_time(behind)).release()
+    newcomer.release()
+    (await in_time(behind)).release()
     assert [waiter.done() for waiter in first] == [False, False]
-    await one.release()
-    await (await in_time(first[1])).release()
-    await (await in_time(first[0])).release()
+    one.release()
+    (await in_time(first[1])).release()
+    (await in_time(first[0])).release()
     await lab.becomes([0, 0, 0], MACHINE, ONE, TWO)
     await until(lambda: lab.room.contended == set())
 
@@ -298,12 +299,12 @@ async def test_nobody_barges(lab: Lab) -> None:
     (waiting,) = await lab.queue(BASIC)
     await until(lambda: lab.room.contended == {ONE.name})
     await lab.other.release(lease)
-    assert await lab.room.try_now(WANTED) is None
+    assert await lab.room.direct.try_now(WANTED) is None
     newcomer = lab.enter()
     permit = await in_time(waiting)
     assert not newcomer.done()
-    await permit.release()
-    await (await in_time(newcomer)).release()
+    permit.release()
+    (await in_time(newcomer)).release()
 
 
 # ── order ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -316,13 +317,13 @@ async def test_shares_of_a_thousand_grants(quick: Lab) -> None:
     permit = await room.enter(WANTED, BASIC)
 
     async def one(ticket: Ticket) -> None:
-        async with await room.enter(WANTED, ticket):
+        with await room.enter(WANTED, ticket):
             served.append(ticket.plan)
 
     work = [asyncio.ensure_future(one(t)) for _ in range(900) for t in (BASIC, PRO, ENTERPRISE)]
     await until(lambda: room.waiting == 2700)
     assert room.depths() == {"basic": 900, "pro": 900, "enterprise": 900}
-    await permit.release()
+    permit.release()
     await until(lambda: len(served) >= 1000, 20)
     for task in work:
         task.cancel()
@@ -339,13 +340,13 @@ async def test_in_no_hurry(quick: Lab) -> None:
     permit = await quick.room.enter(WANTED, BASIC)
 
     async def one(ticket: Ticket) -> None:
-        async with await quick.room.enter(WANTED, ticket):
+        with await quick.room.enter(WANTED, ticket):
             served.append(ticket.low)
 
     work = [asyncio.ensure_future(one(Ticket("pro", 5, low=number < 2))) for number in range(25)]
     await until(lambda: quick.room.waiting == 25)
     assert quick.room.depths() == {"pro": 25}
-    await permit.release()
+    permit.release()
     await asyncio.wait(work, timeout=5)
     first, second = [number for number, low in enumerate(served) if low]
     assert (first in (9, 10), second in (20, 21)) == (True, True)  # ties with the tenth and twentieth
@@ -358,7 +359,7 @@ async def test_the_lowest_plan_is_served_among_newcomers(quick: Lab) -> None:
     (basic,) = await quick.queue(BASIC)
     others = await quick.queue(*[ENTERPRISE] * 3)
     grants = 0
-    await permit.release()
+    permit.release()
     while not basic.done():
         done, _ = await asyncio.wait([basic, *others], return_when=asyncio.FIRST_COMPLETED, timeout=5)
         assert done
@@ -366,10 +367,10 @@ async def test_the_lowest_plan_is_served_among_newcomers(quick: Lab) -> None:
             grants += 1
             others.remove(task)
             others += await quick.queue(ENTERPRISE)
-            await (await task).release()
+            (await task).release()
     assert grants <= 12
     for task in (basic, *others):
-        await (await in_time(task)).release()
+        (await in_time(task)).release()
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -387,8 +388,8 @@ async def test_too_late(lab: Lab) -> None:
     assert (caught.value.status, caught.value.code) == (503, "queue_timeout")
     assert caught.value.headers["Retry-After"] == "2"  # one waits, and nothing is known about a grant
     assert lab.waits == ["pro"]
-    await permit.release()
-    await (await in_time(patient)).release()
+    permit.release()
+    (await in_time(patient)).release()
     await lab.becomes([0, 0])
 
 
@@ -402,17 +403,17 @@ async def test_no_room(lab: Lab) -> None:
     assert (caught.value.status, caught.value.code) == (503, "overloaded")
     assert caught.value.headers["Retry-After"] == "3"
     await until(lambda: room.contended == {ONE.name})
-    await (await in_time(room.enter(Wanted((MACHINE,), (("two", TWO),)), BASIC))).release()
+    (await in_time(room.enter(Wanted((MACHINE,), (("two", TWO),)), BASIC))).release()
     room.max_waiting = 3
     waiting += await lab.queue(BASIC)
-    await permit.release()
+    permit.release()
     for waiter in waiting:
-        await (await in_time(waiter)).release()
+        (await in_time(waiter)).release()
     room.max_waiting = 0
     permit = await room.enter(WANTED, BASIC)
     with pytest.raises(QueueFull):
         await in_time(room.enter(WANTED, BASIC))
-    await permit.release()
+    permit.release()
 
 
 async def test_retry_after_is_how_fast_it_drains() -> None:
@@ -424,7 +425,7 @@ async def test_retry_after_is_how_fast_it_drains() -> None:
         waiting = await lab.queue(*[BASIC] * 4)
         for _ in range(6):
             now += 2
-            await permit.release()
+            permit.release()
             permit = await in_time(waiting.pop(0))
             waiting += await lab.queue(BASIC)
         room.max_waiting = 3
@@ -433,9 +434,9 @@ async def test_retry_after_is_how_fast_it_drains() -> None:
         with pytest.raises(QueueFull) as caught:
             await in_time(room.enter(WANTED, BASIC))
         assert caught.value.headers["Retry-After"] == "8"
-        await permit.release()
+        permit.release()
         for waiter in waiting:
-            await (await in_time(waiter)).release()
+            (await in_time(waiter)).release()
 
 
 async def test_closing(lab: Lab) -> None:
@@ -448,9 +449,9 @@ async def test_closing(lab: Lab) -> None:
             await in_time(waiter)
     with pytest.raises(Draining):
         await in_time(lab.room.enter(WANTED, BASIC))
-    await permit.release()
+    permit.release()
     await lab.becomes([0, 0])
-    await (await in_time(lab.room.enter(WANTED, BASIC))).release()
+    (await in_time(lab.room.enter(WANTED, BASIC))).release()
     await lab.becomes([0, 0])
 
 
@@ -458,7 +459,7 @@ async def test_the_store_goes_away() -> None:
     """Those who wait hear it, and so do those who come; afterwards everything is as new."""
     async with redis_server() as server:
         state = RedisState(server.url, lease_s=600)
-        room = WaitingRoom(state, 10, 20.0, remote=True)
+        room = WaitingRoom(state, 10, 20.0)
         lease = await state.acquire([ONE], 0.0)
         waiting = asyncio.ensure_future(room.enter(WANTED, BASIC))
         await until(lambda: room.waiting == 1)
@@ -467,7 +468,7 @@ async def test_the_store_goes_away() -> None:
             await in_time(waiting)
         with pytest.raises(StoreUnavailable):
             await in_time(room.enter(WANTED, BASIC))
-        assert await _fails_away(lambda: room.try_now(WANTED))
+        assert await _fails_away(lambda: room.direct.try_now(WANTED))
         await server.start()
         assert lease is not None
         await until(lambda: room.contended == set())
@@ -480,7 +481,7 @@ async def test_the_store_goes_away() -> None:
                     await asyncio.sleep(0.05)
 
         permit = await in_time(back())
-        await permit.release()
+        permit.release()
         await room.close()
         await state.close()
 
@@ -503,13 +504,13 @@ async def test_a_fault_of_our_own_strands_nobody() -> None:
         room = lab.open_room(waited=fault)
         permit = await room.enter(WANTED, BASIC)
         first, second = await lab.queue(BASIC, BASIC)
-        await permit.release()
+        permit.release()
         got = await in_time(first)
         with pytest.raises(Internal):
             await in_time(second)
         (third,) = await lab.queue(BASIC)
-        await got.release()
-        await (await in_time(third)).release()
+        got.release()
+        (await in_time(third)).release()
         await lab.becomes([0, 0])
 
 
@@ -521,15 +522,15 @@ async def test_failover(lab: Lab) -> None:
     machine = Slot("machine", 1)
     permit = await lab.room.enter(Wanted((machine,), (("one", ONE),)), BASIC)
     (waiting,) = await lab.queue(PRO, wanted=Wanted((machine,), (("one", ONE),)))
-    assert await lab.room.failover(permit, (("two", TWO),))
+    assert await lab.room.direct.failover(permit, (("two", TWO),))
     assert permit.upstream == "two"
     await lab.becomes([1, 0, 1], machine, ONE, TWO)
     three = Slot("up:three", 1)
-    assert await lab.room.failover(permit, (("three", three),))
+    assert await lab.room.direct.failover(permit, (("three", three),))
     await lab.becomes([1, 0, 0, 1], machine, ONE, TWO, three)
     assert not waiting.done()
-    await permit.release()
-    await (await in_time(waiting)).release()
+    permit.release()
+    (await in_time(waiting)).release()
     await lab.becomes([0, 0, 0, 0], machine, ONE, TWO, three)
 
 
@@ -537,11 +538,11 @@ async def test_failover_takes_only_what_is_free(lab: Lab) -> None:
     """If no slot is free at once the permit is as it was."""
     permit = await lab.room.enter(WANTED, BASIC)
     other = await lab.room.enter(Wanted((MACHINE,), (("two", TWO),)), BASIC)
-    assert not await lab.room.failover(permit, (("two", TWO),))
+    assert not await lab.room.direct.failover(permit, (("two", TWO),))
     assert permit.upstream == "one"
     assert await lab.taken(MACHINE, ONE, TWO) == [2, 1, 1]
-    await permit.release()
-    await other.release()
+    permit.release()
+    other.release()
     await lab.becomes([0, 0, 0], MACHINE, ONE, TWO)
 
 
@@ -551,8 +552,8 @@ async def test_leaving_during_a_failover(quick: Lab, steps: int) -> None:
     permit = await quick.room.enter(WANTED, BASIC)
 
     async def request() -> None:
-        async with permit:
-            await quick.room.failover(permit, (("two", TWO),))
+        with permit:
+            await quick.room.direct.failover(permit, (("two", TWO),))
             await asyncio.Event().wait()
 
     task = asyncio.ensure_future(request())
@@ -578,7 +579,7 @@ async def test_thousands_come_and_leave_at_any_instant(quick: Lab, seed: int) ->
 
     async def request(names: list[str], ticket: Ticket, steps: int) -> None:
         try:
-            async with await room.enter(
+            with await room.enter(
                 Wanted((machine,), tuple((name, slots[name]) for name in names)), ticket
             ) as permit:
                 upstream = permit.upstream

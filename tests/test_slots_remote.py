@@ -80,7 +80,7 @@ class Worker:
 
     @property
     def contended(self) -> frozenset[str]:
-        return self.room._direct.contended
+        return self.room.direct.contended
 
 
 class House:
@@ -145,10 +145,10 @@ async def in_time(work: Awaitable[Permit]) -> Permit:
 async def test_free_slots_need_no_word(house: House) -> None:
     """The worker takes them itself; the supervisor hears nothing but the greeting."""
     worker = await house.worker()
-    async with await worker.room.enter(WANTED, BASIC) as permit:
+    with await worker.room.enter(WANTED, BASIC) as permit:
         assert permit.upstream == "one"
         assert await house.taken() == [1, 1, 0]
-        assert await worker.room.try_now(WANTED) is None
+        assert await worker.room.direct.try_now(WANTED) is None
     assert await house.taken() == [0, 0, 0]
     assert worker.notes == [("queue.hello", None)]
     assert worker.said == []
@@ -161,16 +161,16 @@ async def test_who_finds_none_waits_in_the_supervisor(house: House) -> None:
     basic = await house.waits(one)
     enterprise = await house.waits(two, ticket=ENTERPRISE)
     assert house.room.depths() == {"basic": 1, "enterprise": 1}
-    await permit.release()
+    permit.release()
     first = await in_time(enterprise)
     assert [one.door.held, two.door.held] == [0, 1]
     assert not basic.done()
     assert await house.taken() == [1, 1, 0]
-    await first.release()
-    await first.release()
+    first.release()
+    first.release()
     second = await in_time(basic)
     assert [one.door.held, two.door.held] == [1, 0]
-    await second.release()
+    second.release()
     await house.becomes([0, 0, 0])
     assert [verb for verb, _ in two.notes] == ["queue.hello", "queue.enter", "queue.leave"]
 
@@ -183,18 +183,18 @@ async def test_newcomers_do_not_barge(house: House) -> None:
     waiting = await house.waits(one)
     await until(lambda: two.contended == one.contended == {ONE.name})
     async with asyncio.timeout(5):
-        async with await two.room.enter(OTHER, BASIC):
+        with await two.room.enter(OTHER, BASIC):
             assert [verb for verb, _ in two.notes] == ["queue.hello"]
     await one.state.release(lease)
-    assert await two.room.try_now(WANTED) is None
+    assert await two.room.direct.try_now(WANTED) is None
     behind = two.enter()
-    await (await in_time(waiting)).release()
-    await (await in_time(behind)).release()
+    (await in_time(waiting)).release()
+    (await in_time(behind)).release()
     await until(lambda: two.contended == one.contended == set())
     await house.becomes([0, 0, 0])
-    permit = await two.room.try_now(WANTED)
+    permit = await two.room.direct.try_now(WANTED)
     assert permit is not None
-    await permit.release()
+    permit.release()
 
 
 async def test_a_worker_that_comes_later_is_told(house: House) -> None:
@@ -205,8 +205,8 @@ async def test_a_worker_that_comes_later_is_told(house: House) -> None:
     await until(lambda: one.contended == {ONE.name})
     two = await house.worker()
     await until(lambda: two.contended == {ONE.name})
-    await permit.release()
-    await (await in_time(waiting)).release()
+    permit.release()
+    (await in_time(waiting)).release()
 
 
 @pytest.mark.parametrize("steps", range(16))
@@ -215,12 +215,12 @@ async def test_leaving_so_many_steps_after_the_release(house: House, steps: int)
     worker = await house.worker()
     permit = await worker.room.enter(WANTED, BASIC)
     first, second = await house.waits(worker), await house.waits(worker)
-    await permit.release()
+    permit.release()
     for _ in range(steps):
         await asyncio.sleep(0)
     if not first.cancel():
-        await (await first).release()
-    await (await in_time(second)).release()
+        (await first).release()
+    (await in_time(second)).release()
     await house.becomes([0, 0, 0])
     await until(lambda: worker.door.held == 0)
 
@@ -239,10 +239,10 @@ async def test_leaving_in_the_instant_of_the_grant(house: House) -> None:
             first.cancel()
 
     worker.room.heard = hear  # type: ignore[method-assign]  # for this one object
-    await permit.release()
+    permit.release()
     await asyncio.wait([first], timeout=5)
     assert first.cancelled()
-    await (await in_time(second)).release()
+    (await in_time(second)).release()
     await house.becomes([0, 0, 0])
     assert [verb for verb, _ in worker.notes].count("queue.leave") == 2
 
@@ -257,7 +257,7 @@ async def test_coming_and_leaving_in_one_breath(house: House) -> None:
         task.cancel()
     await until(lambda: [verb for verb, _ in worker.notes].count("queue.leave") == 3)
     await until(lambda: house.room.waiting == 0 and not worker.door._entering)
-    await permit.release()
+    permit.release()
     await house.becomes([0, 0, 0])
 
 
@@ -278,7 +278,7 @@ async def test_refusals_travel(house: House) -> None:
     await house.room.close()
     with pytest.raises(Draining):
         await in_time(waiting)
-    await permit.release()
+    permit.release()
     assert [payload[1:] for verb, payload in worker.said if verb == "queue.refused"] == [
         ["full", 2],
         ["late", 1],
@@ -296,8 +296,8 @@ async def test_a_fault_in_the_supervisor(house: House) -> None:
     worker = await house.worker()
     permit = await worker.room.enter(WANTED, BASIC)
     first, second = await house.waits(worker), await house.waits(worker)
-    await permit.release()
-    await (await in_time(first)).release()
+    permit.release()
+    (await in_time(first)).release()
     with pytest.raises(Internal):
         await in_time(second)
     await house.becomes([0, 0, 0])
@@ -310,21 +310,21 @@ async def test_failover(house: House) -> None:
     worker = await house.worker()
     own = await worker.room.enter(wanted, BASIC)
     waiting = await house.waits(worker, wanted=wanted)
-    assert await worker.room.failover(own, (("two", TWO),))
+    assert await worker.room.direct.failover(own, (("two", TWO),))
     assert own.upstream == "two"
     assert await house.taken() == [1, 0, 1]
-    await own.release()
+    own.release()
     granted = await in_time(waiting)
-    assert await worker.room.failover(granted, (("two", TWO),))
+    assert await worker.room.direct.failover(granted, (("two", TWO),))
     await house.becomes([1, 0, 1])
     assert granted.upstream == "two"
     other = await house.states[-1].acquire([ONE], time.monotonic())
     assert other is not None
-    assert not await worker.room.failover(granted, (("one", ONE),))
+    assert not await worker.room.direct.failover(granted, (("one", ONE),))
     await house.states[-1].release(other)
-    assert await worker.room.failover(granted, (("one", ONE),))
+    assert await worker.room.direct.failover(granted, (("one", ONE),))
     await house.becomes([1, 1, 0])
-    await granted.release()
+    granted.release()
     await house.becomes([0, 0, 0])
     assert [verb for verb, _ in worker.notes].count("queue.keep") == 1
 
@@ -339,8 +339,8 @@ async def test_the_supervisor_goes(house: House) -> None:
         await in_time(waiting)
     with pytest.raises(Draining):
         await in_time(worker.room.enter(WANTED, BASIC))
-    await permit.release()
-    await (await in_time(worker.room.enter(WANTED, BASIC))).release()
+    permit.release()
+    (await in_time(worker.room.enter(WANTED, BASIC))).release()
     await until(lambda: house.room.waiting == 0)
     await house.becomes([0, 0, 0])
 
@@ -350,7 +350,7 @@ async def test_the_worker_goes(house: House) -> None:
     one, two = await house.worker(), await house.worker()
     permit = await two.room.enter(WANTED, BASIC)
     granted, waiting = await house.waits(one), await house.waits(one)
-    await permit.release()
+    permit.release()
     held = await in_time(granted)
     behind = await house.waits(two)
     one.far.close()
@@ -358,8 +358,8 @@ async def test_the_worker_goes(house: House) -> None:
     assert house.room.waiting == 0
     with pytest.raises(Draining):
         await in_time(waiting)
-    await held.release()
-    await third.release()
+    held.release()
+    third.release()
     await house.becomes([0, 0, 0])
     await until(lambda: two.contended == set())
     assert len(house.room._watchers) == 1
@@ -390,7 +390,7 @@ async def test_a_supervisor_that_does_not_answer() -> None:
         with pytest.raises(QueueTimeout):
             await in_time(room.enter(WANTED, BASIC))
         room.heard("queue.granted", [1, "one"])  # too late
-        await permit.release()
+        permit.release()
         await asyncio.sleep(0)
         sent = ours.recv(65536)
         assert [sent.count(verb) for verb in (b"queue.hello", b"queue.enter", b"queue.leave")] == [1, 1, 1]
@@ -408,7 +408,7 @@ async def test_a_channel_that_is_full() -> None:
         await asyncio.wait([waiting])
         with pytest.raises(Overloaded):
             await room.enter(WANTED, BASIC)
-        await permit.release()
+        permit.release()
         last = b""
         async with asyncio.timeout(5):
             while b"queue.leave" not in last:
@@ -429,7 +429,7 @@ async def test_thousands_come_and_leave_at_any_instant(house: House, seed: int) 
     async def request(worker: Worker, names: list[str], steps: int) -> None:
         wanted = Wanted((machine,), tuple((name, slots[name]) for name in names))
         try:
-            async with await worker.room.enter(wanted, chance.choice((BASIC, ENTERPRISE))) as permit:
+            with await worker.room.enter(wanted, chance.choice((BASIC, ENTERPRISE))) as permit:
                 upstream = permit.upstream
                 inside[upstream] += 1
                 try:
@@ -479,7 +479,7 @@ async def test_a_grant_that_cannot_be_said(house: House) -> None:
         await until(lambda: not door._entering)
         assert door.held == 0
         await house.becomes([0, 0], MACHINE, ONE)
-        await (await house.room.enter(WANTED, BASIC)).release()
+        (await house.room.enter(WANTED, BASIC)).release()
     await asyncio.wait_for(asyncio.shield(near.closed), 5)
 
 
@@ -522,7 +522,7 @@ async def test_a_worker_is_killed(house: House) -> None:
         process.kill()
         permit = await in_time(behind)
         assert house.room.waiting == doors[0].held == 0
-        await permit.release()
+        permit.release()
         await house.becomes([1, 0], waiter.OWN, waiter.SHARED)
         house.states[0].forget(7)
         assert await house.taken(waiter.OWN, waiter.SHARED) == [0, 0]

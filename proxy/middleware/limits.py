@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
@@ -9,11 +11,18 @@ from proxy.context import CONTEXT
 
 
 @web.middleware
-async def limits(request: web.Request, handler: Handler) -> web.StreamResponse:
+def limits(request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
+    """No coroutine: it would stand between every turn of a stream and its handler."""
     ctx = request[CONTEXT]
     endpoint, principal = ctx.endpoint, ctx.principal
     if principal is not None and endpoint is not None and endpoint.costs:
         core = ctx.core
-        plan = core.config.plans[principal.plan]
-        await core.admission.arrive(ctx, principal.name, principal.plan, plan)
+        waiting = core.admission.arrive(ctx, principal, core.config.plans[principal.plan])
+        if waiting is not None:
+            return _first(waiting, handler, request)
+    return handler(request)
+
+
+async def _first(waiting: Awaitable[None], handler: Handler, request: web.Request) -> web.StreamResponse:
+    await waiting
     return await handler(request)

@@ -64,8 +64,27 @@ class Lease(Protocol):
     def names(self) -> tuple[str, ...]: ...
 
 
+class Near(Protocol):
+    """The verbs of every request, of a store that never waits: what `State` says of them, as plain calls. A
+    coroutine that never suspends costs a request a microsecond each time, and what is not awaited cannot be
+    cut off."""
+
+    def take_now(self, charges: Sequence[Charge], now: float) -> list[Decision]: ...
+
+    def settle_now(self, charges: Sequence[Charge], now: float) -> None: ...
+
+    def acquire_now(self, slots: Sequence[Slot], now: float) -> Lease | None: ...
+
+    def release_now(self, lease: Lease) -> None: ...
+
+
 class State(Protocol):
     """A store, as one owner (a worker) sees it."""
+
+    @property
+    def near(self) -> Near | None:
+        """The same store by plain calls; None: it is at the other end of a network, or may be."""
+        ...
 
     async def take(self, charges: Sequence[Charge], now: float) -> list[Decision]:
         """Takes every charge if each is allowed, else none; one decision a charge, in order.

@@ -71,6 +71,8 @@ class Guarded:
     with the policy `closed`.
     """
 
+    near = None
+
     def __init__(
         self,
         remote: Remote,
@@ -204,6 +206,8 @@ class Nothing(msgspec.Struct, frozen=True):
 class Open:
     """Allows everything and counts nothing; its decisions show full buckets."""
 
+    near = None
+
     async def take(self, charges: Sequence[Charge], now: float) -> list[Decision]:
         return [Decision(True, charge.burst, charge.burst, 0.0, 0.0) for charge in charges]
 
@@ -235,6 +239,8 @@ class Open:
 
 class Closed:
     """Refuses to decide."""
+
+    near = None
 
     async def take(self, charges: Sequence[Charge], now: float) -> list[Decision]:
         raise StoreUnavailable(_CLOSED)

@@ -88,6 +88,8 @@ class RedisState:
     Errors: ValueError for a url that cannot be read. Nothing is connected before the first verb.
     """
 
+    near = None
+
     def __init__(
         self,
         url: str,
