@@ -69,7 +69,7 @@ class Admission:
         self._own = Direct(stores.state)
         self._local = stores.local
         self._machine_name = stores.machine
-        self._decided = metrics.limit_decisions.add
+        self._decisions = metrics.limit_decisions.values
         self.reserved = 0  # reservations that are not settled yet
         self.limits = limits
 
@@ -163,11 +163,11 @@ class Admission:
         self.reserved -= 1
         if tokens is None:
             return None
-        corrections = [
-            Charge(charge.bucket_id, charge.rate_per_minute, charge.burst, tokens - charge.amount)
-            for charge in charges
-            if tokens != charge.amount
-        ]
+        corrections = []
+        for charge in charges:
+            if tokens != charge.amount:
+                delta = tokens - charge.amount
+                corrections.append(Charge(charge.bucket_id, charge.rate_per_minute, charge.burst, delta))
         if not corrections:
             return None
         if self._near is None:
@@ -258,8 +258,8 @@ class Admission:
 
     def _seated(self, ctx: Context, allotment: Allotment, permit: Permit) -> Seat:
         if allotment.slot is not None:
-            self._decided(("in_flight", "allowed"))
-        self._decided(("global", "allowed"))
+            self._decisions["in_flight", "allowed"] += 1
+        self._decisions["global", "allowed"] += 1
         ctx.queue_s = 0.0
         return Seat(permit, None, self._direct, self._choices_of)
 
@@ -334,16 +334,16 @@ class Admission:
         wait_s = 0.0
         for scope, decision in zip(scopes, decisions, strict=True):
             if decision.allowed:
-                self._decided((scope, "allowed"))
+                self._decisions[scope, "allowed"] += 1
             else:
-                self._decided((scope, self._refused))
+                self._decisions[scope, self._refused] += 1
                 wait_s = max(wait_s, decision.retry_after_s)
         if wait_s > 0 and self._enforces:
             raise refusal(wait_s)
         return wait_s == 0
 
     def _count(self, scope: str, *, allowed: bool) -> None:
-        self._decided((scope, "allowed" if allowed else self._refused))
+        self._decisions[scope, "allowed" if allowed else self._refused] += 1
 
 
 def _ticket(ctx: Context, plan: Plan | None, manner: Manner) -> Ticket:

@@ -17,7 +17,6 @@ from proxy.schema import Plan
 from proxy.state import Spend
 
 NANOS = 10**9
-_NONE = (None,) * 4
 
 
 def ends_of(wall_now: float) -> tuple[float, float]:
@@ -35,7 +34,14 @@ def begins_of(wall_now: float) -> tuple[float, float]:
 
 def limited(principal: Principal, plan: Plan) -> bool:
     """Has the caller any budget?"""
-    return _limits(principal, plan) != _NONE
+    return not (
+        plan.budget_day is None
+        and plan.budget_month is None
+        and plan.total_budget_day is None
+        and plan.total_budget_month is None
+        and principal.budget_day_usd is None
+        and principal.budget_month_usd is None
+    )
 
 
 def spends(principal: Principal, plan: Plan, nanos: int, wall_now: float) -> list[Spend]:

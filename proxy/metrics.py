@@ -8,6 +8,7 @@ sent to another process and summed there. prometheus-client renders the page (an
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -40,11 +41,10 @@ class Counter:
 
     def __init__(self, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
         self.name, self.help, self.labels = f"{_PREFIX}{name}", help_text, tuple(labels)
-        self.values: dict[Labels, float] = {}
+        self.values: defaultdict[Labels, float] = defaultdict(int)
 
     def add(self, labels: Labels = (), amount: float = 1) -> None:
-        values = self.values
-        values[labels] = values.get(labels, 0) + amount
+        self.values[labels] += amount
 
     def absorb(self, labels: Labels, value: float | list[float]) -> None:
         assert not isinstance(value, list)

@@ -77,17 +77,13 @@ class Seat:
         else:
             extra.release()
 
-    def leave(self) -> None:
-        """Gives everything back; a second time nothing."""
+    def __enter__(self) -> Seat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._extra is not None:
             self.keep(None)
         if self._permit is not None:
             self._permit.release()
         if self._own is not None:
             self._own.release()
-
-    def __enter__(self) -> Seat:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from proxy import bucket
-from proxy.state.table import ALIVE, EPOCH, OWNERS, ROW, SEEN, Counters, Place
+from proxy.state.table import EPOCH, OWNERS, ROW, SEEN, Counters, Place
 from proxy.state.table import create as create  # one way in: create, attach
 
 if TYPE_CHECKING:
@@ -96,18 +96,20 @@ class MemoryState(Counters):
 
     def _take_one(self, charge: Charge, now: float) -> Decision:
         """As `take`."""
-        words, place = self._words, self._buckets.place(charge.bucket_id)
+        words, table, name = self._words, self._buckets, charge.bucket_id
         shared = words[SEEN] != 1
         try:
             if shared:
-                self._lock((place,))
-            value = self._buckets.find(place)
+                self._lock((table.place(name),))
+            value = table.cells.get(name)
+            if value is None:
+                value = table.look(name)
             before = words[value] if value >= 0 else 0
             tat, decision = bucket.take(before, charge.rate_per_minute, charge.burst, charge.amount, now)
             if value >= 0:
                 words[value] = tat
             elif decision.allowed:
-                self._write_tats({place: tat}, now)
+                self._write_tats({table.place(name): tat}, now)
         finally:
             if shared:
                 self._unlock()
@@ -123,14 +125,15 @@ class MemoryState(Counters):
             if shared:
                 self._lock([table.place(charge.bucket_id) for charge in charges])
             for charge in charges:
-                place = table.place(charge.bucket_id)
-                value = table.find(place)
+                value = table.cells.get(charge.bucket_id)
+                if value is None:
+                    value = table.look(charge.bucket_id)
                 before = words[value] if value >= 0 else 0
                 tat = bucket.settle(before, charge.rate_per_minute, charge.burst, charge.amount, now)
                 if value >= 0:
                     words[value] = tat
                 else:
-                    self._write_tats({place: tat}, now)
+                    self._write_tats({table.place(charge.bucket_id): tat}, now)
         finally:
             if shared:
                 self._unlock()
@@ -182,7 +185,7 @@ class MemoryState(Counters):
 
     def acquire_now(self, slots: Sequence[Slot], now: float) -> Held | None:
         now_ns = int(now * 1e9)
-        if now_ns - self._words[self._row + ALIVE] > self._lease_ns // 4:
+        if now_ns > self._silent_until:
             self._sign(now_ns)
         held = self._acquire(slots)
         if held is None and self._reap(now_ns):
@@ -219,23 +222,24 @@ class MemoryState(Counters):
         """One after the other; what was taken is given back at the first that is full. Under the lock nobody
         sees the difference, and who is killed holds nothing: its epoch is over."""
         words, owner = self._words, self._owner
-        place_of, find = self._slots.place, self._slots.find
+        table, cells = self._slots, self._slots.cells
         mine: list[int] = []
         held = Held(slots, mine, words[self._row + EPOCH])
         fresh = held.epoch << _COUNT_BITS
         shared = words[SEEN] != 1
         try:
             if shared:
-                self._lock([place_of(slot.name) for slot in slots])
+                self._lock([table.place(slot.name) for slot in slots])
             for slot in slots:
-                place = place_of(slot.name)
-                value = find(place)
-                if value < 0:
-                    if not slot.limit:
-                        break
-                    value = self._new_slot(place, fresh)
+                value = cells.get(slot.name)
+                if value is None:
+                    value = table.look(slot.name)
                     if value < 0:
-                        continue  # not counted
+                        if not slot.limit:
+                            break
+                        value = self._new_slot(table.place(slot.name), fresh)
+                        if value < 0:
+                            continue  # not counted
                 at = value + owner
                 word = words[at]
                 if word < fresh:  # of an earlier epoch

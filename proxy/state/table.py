@@ -109,12 +109,24 @@ class Table:
         self._width = width
         self.end = start + sets * _WAYS * (2 + width)
         self.place = lru_cache(maxsize=_REMEMBERED)(self._place)
+        #: Values of names, at most `_REMEMBERED`. Of use while this process is alone: then nobody else moves
+        #: a cell. `_lock` empties it.
+        self.cells: dict[str, int] = {}
 
     def _place(self, name: str) -> Place:
         digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16, key=self._secret).digest()
         low, high = struct.unpack("=qq", digest)
         keys = self._start + high % self._sets * _WAYS * (2 + self._width)
         return Place(low | 1, high, keys, keys + 2 * _WAYS)  # a free cell has low = 0
+
+    def look(self, name: str) -> int:
+        """As `find`, for a name that `cells` does not know."""
+        value = self.find(self.place(name))
+        if value >= 0 and self._words[SEEN] == 1:
+            if len(self.cells) >= _REMEMBERED:
+                self.cells.clear()
+            self.cells[name] = value
+        return value
 
     def find(self, place: Place) -> int:
         """The word index of its value, or -1."""
@@ -135,6 +147,7 @@ class Table:
         for way in range(_WAYS):
             if idle(self._value(place, way)):
                 words[place.keys + 2 * way] = 0
+                self.cells.clear()  # it may be one of these
                 return self._remember(place, way)
         return -1
 
@@ -165,6 +178,7 @@ class Counters:
             self._unmap()
             raise ValueError(f"no shared counters for owner {owner}" if magic == _MAGIC else "other counters")
         self._lease_ns = lease_ns
+        self._silent_until = 0  # of this owner: it has to give a sign by then
         self._row = OWNERS + owner * ROW
         self._owner = owner
         tables = OWNERS + owners * ROW
@@ -213,6 +227,7 @@ class Counters:
         try:
             self._lock_owners()
             self._words[self._row + ALIVE] = now_ns
+            self._silent_until = now_ns + self._lease_ns // 4
         finally:
             self._unlock()
 
@@ -238,6 +253,8 @@ class Counters:
         the only one there has been: see `_come`."""
         if self._words[SEEN] == 1:
             return
+        for table in (self._buckets, self._slots):
+            table.cells.clear()  # of a time when it was alone
         if len(places) == 1:
             fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, places[0].keys * _WORD)
             return
