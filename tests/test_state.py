@@ -500,6 +500,81 @@ async def test_new_names_take_no_cell_from_their_own_call(small: tuple[MemorySta
     assert await remaining(state, Charge("ip:0", 60, 10), later) == 7
 
 
+@pytest.mark.parametrize("owners", [1, 2])
+@pytest.mark.parametrize("seed", range(5))
+async def test_slots_against_a_plain_count(owners: int, seed: int) -> None:
+    """Alone with the file, where cells are remembered, and with another process, where they are looked for:
+    leases, refusals and counts are those of a dict."""
+    fd = shared.create(slots=64, owners=4, lease_s=LEASE_S)
+    chance, states = random.Random(seed), [shared.attach(fd, owner) for owner in range(owners)]
+    names = [f"slot:{number}" for number in range(12)]
+    taken, leases = dict.fromkeys(names, 0), []
+    for _ in range(600):
+        state = chance.choice(states)
+        if leases and chance.random() < 0.45:
+            owner, lease = leases.pop(chance.randrange(len(leases)))
+            owner.release_now(lease)
+            for name in lease.names:
+                taken[name] -= 1
+        else:
+            slots = [
+                Slot(name, chance.randrange(4)) for name in chance.choices(names, k=chance.randint(1, 4))
+            ]
+            lease = state.acquire_now(slots, NOW)
+            wanted = dict(taken)
+            fits = all([_count_up(wanted, slot) for slot in slots])
+            assert (lease is not None) == fits
+            if lease is not None:
+                taken = wanted
+                leases.append((state, lease))
+        assert await state.peek_slots(names, NOW) == list(taken.values())
+    os.close(fd)
+
+
+def _count_up(taken: dict[str, int], slot: Slot) -> bool:
+    taken[slot.name] += 1
+    return taken[slot.name] <= slot.limit
+
+
+async def test_a_remembered_cell_that_is_another_names() -> None:
+    """Alone with a file whose cells are all taken: who was idle long enough lost its cell, and knows it."""
+    fd = shared.create(buckets=64, slots=64, owners=4, lease_s=LEASE_S)
+    state = shared.attach(fd, 0)
+    first = Charge("first", 60, 10, 4)
+    for _ in range(2):  # a cell is remembered when it was found
+        state.take_now([first], NOW)
+        lease = state.acquire_now([Slot("first", 1)], NOW)
+        assert lease is not None
+        state.release_now(lease)
+    others = [f"other:{number}" for number in range(64)]
+    for name in others:
+        state.take_now([Charge(name, 60, 10, 4)], NOW + 60)
+        assert state.acquire_now([Slot(name, 1)], NOW) is not None
+    assert state.overflow == 0
+    state.take_now([first], NOW + 60)
+    state.settle_now([Charge("first", 60, 10, 3)], NOW + 60)
+    assert state.acquire_now([Slot("first", 1)], NOW) is not None
+    assert state.overflow == 3, "there was no cell for it any more"
+    assert {await remaining(state, Charge(name, 60, 10), NOW + 60) for name in others} == {6}
+    assert set(await state.peek_slots(others, NOW)) == {1}
+    os.close(fd)
+
+
+async def test_a_remembered_cell_when_a_second_process_comes() -> None:
+    """From then on the other may give an idle cell to another name."""
+    fd = shared.create(buckets=64, slots=64, owners=4, lease_s=LEASE_S)
+    state = shared.attach(fd, 0)
+    for _ in range(2):  # a cell is remembered when it was found
+        state.take_now([Charge("first", 60, 10, 4)], NOW)
+    other = shared.attach(fd, 1)
+    names = [f"other:{number}" for number in range(63)] + ["last"]
+    for name in names:
+        other.take_now([Charge(name, 60, 10, 4)], NOW + 60)
+    state.take_now([Charge("first", 60, 10, 4)], NOW + 60)
+    assert {await remaining(other, Charge(name, 60, 10), NOW + 60) for name in names} == {6}
+    os.close(fd)
+
+
 async def test_forgetting_an_owner(small: tuple[MemoryState, MemoryState]) -> None:
     """Its slots are free at once; a new process under its number starts with none."""
     state, other = small
