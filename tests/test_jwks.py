@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import time
@@ -18,6 +19,7 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
+from proxy import authenticator as authenticator_module
 from proxy import config, identity, jwks, keys
 from proxy.authenticator import Authenticator
 from proxy.errors import InvalidCredential, InvalidToken, StartError
@@ -393,6 +395,93 @@ async def test_unknown_malformed_revoked_expired_and_rotated_keys_are_refused_al
             refused.append((error.status, error.code, error.message, dict(error.headers)))
         assert refused == [refused[0]] * len(refused)
         assert refused[0][:2] == (401, "invalid_api_key")
+
+
+async def test_a_key_is_known_again_as_long_as_it_would_be_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`known` never says more than `identify`, and not longer: of a key that has expired, was revoked or
+    rotated, or whose plan is gone, it knows nothing at that moment."""
+    monkeypatch.setattr(authenticator_module, "_MOST_SHOWN", 4)
+    async with gate(tmp_path) as authenticator:
+        now = time.time()
+        pepper = keys.load_pepper(None, f"sqlite:{tmp_path / 'keys.db'}")
+        store = authenticator.cache.store
+        made = {
+            name: await create(store, pepper, PLANS, KeyOrder(name=name, plan=plan, expires=expires), now)
+            for name, plan, expires in (
+                ("stays", "pro", None),
+                ("gone", "pro", None),
+                ("changed", "pro", None),
+                ("old", "pro", "1s"),
+                ("basic", "basic", None),
+            )
+        }
+        await authenticator.cache.refresh()
+
+        async def shown(at: float) -> dict[str, bool]:
+            """Who is let in; `known` is asked before and after."""
+            let_in = {}
+            for name, (_, text) in made.items():
+                before = authenticator.known(text, at)
+                try:
+                    assert before in (None, await authenticator.identify(text, at))
+                except InvalidCredential:
+                    assert before is None
+                    let_in[name] = authenticator.known(text, at) is not None
+                else:
+                    let_in[name] = authenticator.known(text, at) is await authenticator.identify(text, at)
+            return let_in
+
+        assert all(authenticator.known(text, now) is None for _, text in made.values())
+        assert await shown(now) == dict.fromkeys(made, True)
+        assert len(authenticator._shown) <= 4
+        assert await shown(now + 1.01) == {**dict.fromkeys(made, True), "old": False}
+        await revoke(store, made["gone"][0].id, now)
+        _, fresh_text = await rotate(store, pepper, made["changed"][0].id, now)
+        assert (await shown(now))["gone"]
+        await authenticator.cache.refresh()
+        authenticator.plans = ("pro",)
+        assert await shown(now) == {
+            **dict.fromkeys(made, False),
+            "stays": True,
+            "old": True,
+        }
+        assert authenticator.known(fresh_text, now) is None
+        await authenticator.identify(fresh_text, now)
+        assert authenticator.known(fresh_text, now) is not None
+        for text in (None, "", "é", "\udcff", "x" * 10_000, fresh_text + "A", fresh_text[:-1]):
+            assert authenticator.known(text, now) is None
+
+
+async def test_time_does_not_tell_which_ids_exist(tmp_path: Path) -> None:
+    """An unknown id, a known one with another secret, a revoked key that was shown before: the same work."""
+    async with gate(tmp_path) as authenticator:
+        now = time.time()
+        pepper = keys.load_pepper(None, f"sqlite:{tmp_path / 'keys.db'}")
+        store = authenticator.cache.store
+        valid, valid_text = await create(store, pepper, PLANS, KeyOrder(name="valid"), now)
+        gone, gone_text = await create(store, pepper, PLANS, KeyOrder(name="gone"), now)
+        await authenticator.cache.refresh()
+        for text in (valid_text, gone_text):
+            await authenticator.identify(text, now)
+        await revoke(store, gone.id, now)
+        await authenticator.cache.refresh()
+        texts = {
+            "unknown": identity.key_text("a" * 10, "b" * 43),
+            "wrong": identity.key_text(valid.id, "b" * 43),
+            "revoked": gone_text,
+        }
+        took = dict.fromkeys(texts, 1.0)
+        for _ in range(60):  # the fastest of many, in turns: what else this machine does is in none of them
+            for name, text in texts.items():
+                began = time.perf_counter()
+                for _ in range(50):
+                    assert authenticator.known(text, now) is None
+                    with contextlib.suppress(InvalidCredential):
+                        await authenticator.identify(text, now)
+                took[name] = min(took[name], time.perf_counter() - began)
+        assert max(took.values()) < 1.5 * min(took.values()), took
 
 
 async def test_what_is_wrong_with_a_configuration_is_said_at_the_start(tmp_path: Path) -> None:

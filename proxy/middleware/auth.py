@@ -9,11 +9,14 @@ from __future__ import annotations
 from time import time
 
 from aiohttp import web
+from aiohttp.hdrs import AUTHORIZATION
 from aiohttp.typedefs import Handler
+from multidict import istr
 
 from proxy import handshake, identity
 from proxy.context import CONTEXT, Context
 from proxy.core import Core
+from proxy.endpoints import Endpoint
 from proxy.errors import HeadraceError, NotFound
 from proxy.identity import Principal
 
@@ -21,37 +24,45 @@ from proxy.identity import Principal
 _PUBLIC = frozenset({"/health", "/api/health/stream", "/", "/static/{file}"})
 #: Without a credential too, but on a plan: each address is a caller of its own.
 _ANONYMOUS = frozenset({"/api/chat", "/api/chat/stream"})
+_X_API_KEY, _API_KEY = istr("x-api-key"), istr("api-key")
 
 
 @web.middleware
 async def auth(request: web.Request, handler: Handler) -> web.StreamResponse:
     ctx = request[CONTEXT]
-    core = ctx.core
-    if ctx.endpoint is None:
+    core, endpoint = ctx.core, ctx.endpoint
+    if endpoint is None:
         raise NotFound  # before anybody's credential is looked at: there is nothing to protect
-    if core.authenticator is not None and ctx.route not in _PUBLIC:
-        ctx.principal = await _identify(request, ctx, core)
-    return await handler(request)
-
-
-async def _identify(request: web.Request, ctx: Context, core: Core) -> Principal:
+    authenticator = core.authenticator
+    if authenticator is None or ctx.route in _PUBLIC:
+        return await handler(request)
     if ctx.route in _ANONYMOUS:
-        api = core.config.browser_api
-        if api is None:
-            raise NotFound
-        await core.admission.spend_address(ctx.client_ip)
-        return Principal(name=f"ip:{ctx.client_ip}", key_id="", plan=api.plan)
-    fields = request.headers
+        ctx.principal = await _anonymous(ctx, core)
+        return await handler(request)
     try:
-        others = [*fields.getall("x-api-key", ()), *fields.getall("api-key", ())]
-        if ctx.endpoint is not None and ctx.endpoint.websocket:
-            # A page that opens a WebSocket can set no header field of its own.
-            others += handshake.credentials(fields.getall("Sec-WebSocket-Protocol", ()))
-        credential = identity.credential_of(fields.getall("Authorization", ()), others)
-        assert core.authenticator is not None
-        principal = await core.authenticator.identify(credential, time())
+        credential, now = _credential(request, endpoint), time()
+        principal = authenticator.known(credential, now) or await authenticator.identify(credential, now)
         identity.check_address(principal, ctx.client_ip)
     except HeadraceError:
         await core.admission.spend_address(ctx.client_ip)
         raise
-    return principal
+    ctx.principal = principal
+    return await handler(request)
+
+
+def _credential(request: web.Request, endpoint: Endpoint) -> str | None:
+    """Raises BadRequest: there are several."""
+    fields = request.headers
+    others = [*fields.getall(_X_API_KEY, ()), *fields.getall(_API_KEY, ())]
+    if endpoint.websocket:
+        # A page that opens a WebSocket can set no header field of its own.
+        others += handshake.credentials(fields.getall("Sec-WebSocket-Protocol", ()))
+    return identity.credential_of(fields.getall(AUTHORIZATION, ()), others)
+
+
+async def _anonymous(ctx: Context, core: Core) -> Principal:
+    api = core.config.browser_api
+    if api is None:
+        raise NotFound
+    await core.admission.spend_address(ctx.client_ip)
+    return Principal(name=f"ip:{ctx.client_ip}", key_id="", plan=api.plan)
