@@ -120,14 +120,28 @@ def _named_by_connection(fields: RawHeaders) -> frozenset[bytes]:
     named = [value for name, value in fields if len(name) == 10 and name.lower() == b"connection"]
     if not named:
         return _NONE_NAMED
-    return frozenset(option.strip().lower() for value in named for option in value.split(b","))
+    return frozenset().union(*map(_options, named))
 
 
 @lru_cache(maxsize=1024)
-def _goes_up(name: bytes) -> bool:
-    """By its name alone; the same few names come with every request."""
+def _line_start(name: bytes) -> bytes | None:
+    """How a caller's field begins on its line upstream, empty where it stays here; None: it is `Connection`.
+    By its name alone: the same few names come with every request."""
     lower = name.lower()
-    return not (lower in _REQUEST_DROP or b"_" in name or lower.startswith(b"x-headrace-"))
+    if lower == b"connection":
+        return None
+    stays = lower in _REQUEST_DROP or b"_" in name or lower.startswith(b"x-headrace-")
+    return b"" if stays else name + b": "
+
+
+@lru_cache(maxsize=64)
+def _also_here(connection: bytes) -> frozenset[bytes]:
+    """What this value of `Connection` names beyond what stays here anyway: nearly always nothing."""
+    return _options(connection) - _REQUEST_DROP
+
+
+def _options(connection: bytes) -> frozenset[bytes]:
+    return frozenset([option.strip().lower() for option in connection.split(b",")])
 
 
 @lru_cache(maxsize=1024)
@@ -139,19 +153,25 @@ def _name_down(name: bytes) -> str | None:
     return None if lower in _RESPONSE_DROP else _text(name)
 
 
-def to_upstream(fields: RawHeaders) -> bytes:
-    """The caller's end-to-end fields as header lines, without credentials and without names that hold `_`.
+def to_upstream(fields: RawHeaders, request_id: str) -> bytes:
+    """The caller's end-to-end fields as header lines, without credentials and without names that hold `_`;
+    then the id of the request.
 
     Names with an underscore are dropped as nginx does: CGI-like servers read `X_Api_Key` as `X-Api-Key`.
     """
-    extra = _named_by_connection(fields)
-    return b"".join(
-        [
-            b"%b: %b\r\n" % (name, value)
-            for name, value in fields
-            if _goes_up(name) and not (extra and name.lower() in extra)
-        ]
-    )
+    parts: list[bytes] = []
+    named = _NONE_NAMED
+    for name, value in fields:
+        start = _line_start(name)
+        if start:
+            parts += (start, value, b"\r\n")
+        elif start is None:
+            named |= _also_here(value)
+    if named:
+        kept = [field for field in fields if field[0].lower() not in named | {b"connection"}]
+        return to_upstream(kept, request_id)
+    parts += (b"x-request-id: ", request_id.encode(), b"\r\n")
+    return b"".join(parts)
 
 
 def to_caller(fields: RawHeaders, *, keep_ratelimit: bool) -> list[tuple[str, str]]:

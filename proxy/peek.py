@@ -38,6 +38,10 @@ class Peek(msgspec.Struct):
     max_completion_tokens: _Count | None = None
     max_output_tokens: _Count | None = None
 
+    def most_tokens(self) -> int | None:
+        """Of one answer, as the caller allows."""
+        return self.max_completion_tokens or self.max_tokens or self.max_output_tokens
+
 
 _decoder = msgspec.json.Decoder(Peek)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -188,15 +192,18 @@ def _wrong_type(text: str) -> BadRequest:
 
 
 def _suspicious(body: bytes) -> bool:
-    return _repeats_a_key(body) or _ESCAPED_LETTER.search(body) is not None or _long_number(body)
-
-
-def _repeats_a_key(body: bytes) -> bool:
-    """Could a routing field be there twice in the outermost object? Most bodies that hold one of the names
-    twice hold it deeper inside: those that the outermost object's members account for are no repetition."""
     found = _KEYS.findall(body)
-    if len(found) == len(set(found)):
-        return False
+    return (
+        (len(found) > len(set(found)) and _repeats_a_key(body, found))
+        or _ESCAPED_LETTER.search(body) is not None
+        or (len(body) > _MAX_DIGITS and _long_number(body))
+    )
+
+
+def _repeats_a_key(body: bytes, found: list[bytes]) -> bool:
+    """Could a routing field be there twice in the outermost object? Most bodies that hold one of the names
+    twice (`found`) hold it deeper inside: those that the outermost object's members account for are no
+    repetition."""
     everywhere = Counter(found)
     for member in _members.decode(body).values():
         everywhere.subtract(_KEYS.findall(member))

@@ -7,6 +7,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from aiohttp.hdrs import CONTENT_TYPE
+from multidict import istr
 
 from proxy import accounting, browser_api, endpoints, headers, identity, tokens
 from proxy.attempt import Job
@@ -32,25 +34,34 @@ from proxy.targets import in_use
 from proxy.uploads import Upload, open_upload
 
 if TYPE_CHECKING:
-    from proxy import schema
     from proxy.identity import Principal
     from proxy.schema import Plan
     from proxy.targets import Groups
+
+
+_JSON = "application/json"
+_PRIORITY = istr("x-headrace-priority")
 
 
 async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.StreamResponse:
     """The body, within its limits, then `forward_body`."""
     core = ctx.core
     settings = core.config
-    if endpoint.body is Body.FORM and not _is_json(request.headers.get("Content-Type", "")):
-        return await _proxy_form(request, ctx, endpoint)
-    if not _is_json(request.headers.get("Content-Type", "application/json")):
-        raise Refused(415, close=False)
+    content_type = request.headers.get(CONTENT_TYPE)
+    if content_type != _JSON:  # nearly always it is that, in this spelling
+        if endpoint.body is Body.FORM and not _is_json(content_type or ""):
+            return await _proxy_form(request, ctx, endpoint)
+        if content_type is not None and not _is_json(content_type):
+            raise Refused(415, close=False)
     held = HeldBody(core.bodies, settings.max_body_bytes)
     try:
         body = held.here(request) or await held.read(request, settings.timeouts.body)
         ctx.bytes_in = len(body)
-        return await forward_body(request, ctx, endpoint, body, await _read_fields(endpoint, body))
+        if len(body) > STEP_BYTES:
+            asked = await in_turns(peeking(body))
+        else:
+            asked = peek(body) if body or endpoint.model is not Model.NONE else Peek()
+        return await forward_body(request, ctx, endpoint, body, asked)
     finally:
         held.release()
 
@@ -81,20 +92,25 @@ async def forward_body(
     reshape: what happens to the answer; None passes it on as it is.
     """
     core = ctx.core
-    settings = core.config
+    settings, principal = core.config, ctx.principal
     ctx.phase = Phase.QUEUE
     name = _model_name(core, endpoint, asked)
     ctx.model = None if name is None else "other"  # until it is known to be configured: a closed set
     ctx.model, groups = core.route(name)
-    _check_model(ctx.principal, name)
-    plan = _plan_of(core, ctx.principal)
+    plan = None
+    if principal is not None:
+        plan = _plan_for(core, principal, name)
+        groups = _allowed(principal, groups) if principal.models else groups
     entry = settings.models.get(ctx.model)
     output_tokens = 0
+    hedge_after_s = None
     manner = Manner.NOW
     if isinstance(body, bytes):
         ctx.asked_tokens = tokens.estimate_prompt(body)
-        output_tokens = _most_output(entry, asked)
-        manner = Manner.LOW if _is_low(request) else Manner.WAIT
+        manner = _manner(request)
+        if entry is not None:
+            output_tokens = tokens.most_output(asked.most_tokens(), entry.max_output, asked.n)
+            hedge_after_s = entry.hedge_after
         if asked.stream and settings.streams.usage == "inject":
             body, reshape = with_usage(endpoint, body, reshape)
     bill = await accounting.open_bill(core.admission, ctx, plan, entry, output_tokens)
@@ -102,103 +118,86 @@ async def forward_body(
         job = Job(
             method=request.method,
             path=endpoint.asks or endpoints.upstream_path(request.raw_path),
-            fields=headers.to_upstream(request.raw_headers)
-            + b"x-request-id: %b\r\n" % ctx.request_id.encode(),
+            fields=headers.to_upstream(request.raw_headers, ctx.request_id),
             body=body,
             model=name,
             wants_stream=bool(asked.stream),
             reshape=reshape,
-            hedge_after_s=entry.hedge_after if entry is not None and isinstance(body, bytes) else None,
+            hedge_after_s=hedge_after_s,
         )
-        groups = _allowed(ctx.principal, groups)
-        return await _ask(request, job, groups, manner)
+        return await _ask(request, ctx, job, groups, (plan, manner))
     finally:
         answered_by = settings.models.get(ctx.model or "")
         await accounting.settle(core.admission, ctx, bill, answered_by, sys.exception())
 
 
-async def _ask(request: web.Request, job: Job, groups: Groups, manner: Manner) -> web.StreamResponse:
+async def _ask(
+    request: web.Request, ctx: Context, job: Job, groups: Groups, place: tuple[Plan | None, Manner]
+) -> web.StreamResponse:
     """Waits for a place at one of the upstreams, and goes there. Raises NoUpstreamAvailable."""
-    ctx = request[CONTEXT]
     core = ctx.core
+    plan, manner = place
     turns = Turns(groups, random.random)
     ranking = turns.ranking()
     if not ranking:
         raise nobody_available(turns)
-    plan = _plan_of(core, ctx.principal)
-    upstreams = [target.upstream for target in ranking]
     with in_use(groups):
+        upstreams = [target.upstream for target in ranking]
         seat = core.admission.seat_at_once(ctx, plan, upstreams)
         if seat is None:
             seat = await core.admission.seat_in_turn(ctx, plan, upstreams, manner)
         with seat:
-            first = next((each for each in ranking if each.upstream.name == seat.upstream), ranking[0])
+            first = ranking[0]
+            if seat.upstream != first.upstream.name:
+                first = next((each for each in ranking if each.upstream.name == seat.upstream), first)
             settings = core.config
             delivery = Delivery(request, ctx, settings.streams, settings.timeouts.write, core.metrics)
             return await Forwarding(core, ctx, delivery, seat).run(job, turns, first)
 
 
-def _allowed(principal: Principal | None, groups: Groups) -> Groups:
+def _allowed(principal: Principal, groups: Groups) -> Groups:
     """A caller's list of models holds for those that another one falls back to as well."""
-    if principal is None or not principal.models or len(groups) == 1:
-        return groups
-    allowed = [
-        group
-        for group in groups
-        if group[0].fallback is None or identity.may_use_model(principal, group[0].fallback)
-    ]
-    return tuple(allowed)
+    return tuple(
+        [
+            group
+            for group in groups
+            if group[0].fallback is None or identity.may_use_model(principal, group[0].fallback)
+        ]
+    )
 
 
-def _most_output(entry: schema.Model | None, asked: Peek) -> int:
-    if entry is None:
-        return 0
-    allowed = asked.max_completion_tokens or asked.max_tokens or asked.max_output_tokens
-    return tokens.most_output(allowed, entry.max_output, asked.n)
-
-
-def _plan_of(core: Core, principal: Principal | None) -> Plan | None:
-    """Raises InvalidCredential: a reload took the plan away while the body came."""
-    try:
-        return core.plan_of(principal)
-    except KeyError:
-        raise InvalidCredential from None
-
-
-def _check_model(principal: Principal | None, name: str | None) -> None:
-    """Raises ModelNotAllowed; a caller with an allow-list may not use routes without a model either."""
-    if principal is None or not principal.models:
-        return
-    if name is None or not identity.may_use_model(principal, name):
+def _plan_for(core: Core, principal: Principal, name: str | None) -> Plan:
+    """The plan of a caller who may use this model. Raises ModelNotAllowed: with an allow-list routes without
+    a model are not open either; InvalidCredential: a reload took the plan away while the body came."""
+    if principal.models and (name is None or not identity.may_use_model(principal, name)):
         raise ModelNotAllowed
+    plan = core.config.plans.get(principal.plan)
+    if plan is None:
+        raise InvalidCredential
+    return plan
 
 
-def _is_low(request: web.Request) -> bool:
+def _manner(request: web.Request) -> Manner:
     """A caller may say that it is in no hurry."""
-    return request.headers.get("x-headrace-priority", "").lower() == "low"
+    said = request.headers.get(_PRIORITY)
+    return Manner.LOW if said is not None and said.lower() == "low" else Manner.WAIT
 
 
 def _is_json(content_type: str) -> bool:
     """Only application/json in UTF-8: anything else a browser would send across origins without asking."""
     media_type, _, parameters = content_type.lower().partition(";")
     charset = parameters.partition("charset=")[2].strip(' "')
-    return media_type.strip() == "application/json" and charset in ("", "utf-8", "utf8")
-
-
-async def _read_fields(endpoint: Endpoint, body: bytes) -> Peek:
-    if not body and endpoint.model is Model.NONE:
-        return Peek()
-    return peek(body) if len(body) <= STEP_BYTES else await in_turns(peeking(body))
+    return media_type.strip() == _JSON and charset in ("", "utf-8", "utf8")
 
 
 def _model_name(core: Core, endpoint: Endpoint, asked: Peek) -> str | None:
     """The model to route by, or None for `default_upstream`."""
+    if asked.model and endpoint.model is not Model.NONE:
+        return asked.model
     if endpoint.model is Model.NONE:
         # Stored objects may name a model (assistants); an unknown one there is the provider's matter.
         known = asked.model is not None and core.config.match_model(asked.model) is not None
         return asked.model if known else None
-    if asked.model:
-        return asked.model
     if endpoint.model is Model.OPTIONAL:
         return None
     raise BadRequest("missing_model", "The field 'model' is missing.", param="model")
@@ -215,7 +214,7 @@ async def browser_chat(request: web.Request) -> web.StreamResponse:
         raise Draining
     fields = request.headers
     browser_api.check_origin(fields.getall("Origin", ()), fields.getall("Host", ()), settings.cors.origins)
-    if not _is_json(fields.get("Content-Type", "")):
+    if not _is_json(fields.get(CONTENT_TYPE, "")):
         raise Refused(415, close=False)
     streams = endpoint.ends_with_terminator
     content_only = streams and browser_api.wants_content(request.query.getall("format", []))

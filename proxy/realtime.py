@@ -312,14 +312,13 @@ class _Session:
         path = self._request.raw_path
         if target.model is not None and handshake.asked_model(path) is not None:
             path = handshake.with_model(path, target.model)
-        lines = headers.to_upstream(self._request.raw_headers).split(b"\r\n")
+        lines = headers.to_upstream(self._request.raw_headers, self._ctx.request_id).split(b"\r\n")
         pairs = (line.partition(b": ") for line in lines if line)
         fields = [
             (name.decode(), value.decode("utf-8", "surrogateescape"))
             for name, _, value in pairs
             if not name.lower().startswith(b"sec-websocket-")
         ]
-        fields.append(("x-request-id", self._ctx.request_id))
         return Opening(endpoints.upstream_path(path), fields, self._offered)
 
 

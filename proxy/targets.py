@@ -81,13 +81,16 @@ class Targets:
     def __init__(self, settings: Config, upstreams: Mapping[str, Upstream]) -> None:
         self.default: Groups = ((Target(upstreams[settings.default_upstream]),),)
         self._settings = settings
-        self._groups = {label: self._groups_of(label, upstreams) for label in settings.models}
-        _join_pools(self._groups.values(), upstreams.values())
+        self._known = {label: (label, self._groups_of(label, upstreams)) for label in settings.models}
+        _join_pools([groups for _, groups in self._known.values()], upstreams.values())
 
     def find(self, model: str) -> tuple[str, Groups] | None:
         """The configured name of what a caller asked for, and whom to ask. None: no such model."""
+        known = self._known.get(model)
+        if known is not None:
+            return known
         found = self._settings.match_model(model)
-        return None if found is None else (found[0], self._groups[found[0]])
+        return None if found is None else self._known[found[0]]
 
     def _groups_of(self, label: str, upstreams: Mapping[str, Upstream]) -> Groups:
         models = self._settings.models

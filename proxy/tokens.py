@@ -21,7 +21,7 @@ _MOST_URLS = 10_000
 
 def estimate_prompt(body: bytes) -> int:
     """Tokens of a JSON body: bytes/4 of the text, rounded up, and 1,000 for each data: URL."""
-    count, size = _data_urls(body)
+    count, size = _data_urls(body) if _ENCODING.search(body) else (0, 0)
     return -(-(len(body) - size) // _BYTES_PER_TOKEN) + count * _DATA_URL_TOKENS
 
 
@@ -31,8 +31,6 @@ def _data_urls(body: bytes) -> tuple[int, int]:
     A string with a blank in it is text, however it begins.
     """
     count = size = 0
-    if not _ENCODING.search(body):
-        return 0, 0
     end = 0
     for _ in range(_MOST_URLS):
         opening = _OPENING.search(body, end)

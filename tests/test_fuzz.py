@@ -152,9 +152,10 @@ def check_fields(fields: list[tuple[bytes, bytes]]) -> None:
     raw = asyncio.run(parsed(b"".join(b"%b: %b\r\n" % field for field in fields)))
     if raw is None:
         return
-    again = asyncio.run(parsed(headers.to_upstream(raw)))
+    again = asyncio.run(parsed(headers.to_upstream(raw, "ours")))
     assert again is not None
-    crossed = list(again)[1:]
+    *crossed, ours = list(again)[1:]
+    assert ours == (b"x-request-id", b"ours")
     named = [value for name, value in raw if name.lower() == b"connection"]
     hop = {option.strip().lower() for value in named for option in value.split(b",")}
     stays = headers.HOP_BY_HOP | headers.CREDENTIALS | hop | {b"host", b"content-length"}

@@ -36,7 +36,8 @@ def named(fields: list[tuple[bytes, bytes]]) -> set[bytes]:
 @given(FIELDS)
 def test_to_upstream_drops(fields: list[tuple[bytes, bytes]]) -> None:
     """Whatever a caller sends, neither a credential nor a hop-by-hop field nor a `_` name goes upstream."""
-    out = lines_of(headers.to_upstream(fields))
+    out = lines_of(headers.to_upstream(fields, "ours"))
+    assert out.pop() == (b"x-request-id", b"ours")
     names = {name.lower() for name, _ in out}
     assert not names & (HOP_BY_HOP | CREDENTIALS | named(fields))
     assert not any(b"_" in name for name in names)
@@ -53,7 +54,8 @@ def test_to_upstream_keeps(fields: list[tuple[bytes, bytes]]) -> None:
         if field[0].lower() not in dropped
         and not field[0].lower().startswith((b"x-forwarded-", b"x-goog-", b"x-headrace-"))
     ]
-    assert headers.to_upstream(kept) == b"".join(b"%b: %b\r\n" % field for field in kept)
+    expected = b"".join(b"%b: %b\r\n" % field for field in [*kept, (b"x-request-id", b"ours")])
+    assert headers.to_upstream(kept, "ours") == expected
 
 
 @given(FIELDS, st.booleans())
