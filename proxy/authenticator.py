@@ -57,7 +57,7 @@ class Authenticator:
         holder of a valid key that it was seen before, and nobody anything else: all other texts, with an id
         that exists or without, miss here and then cost what they always cost (`verify_key`).
         """
-        if credential is None or len(credential) > LONGEST_KEY or not credential.isascii():
+        if credential is None or len(credential) > LONGEST_KEY:
             return None
         record = self._shown.get(_hash(credential))
         if record is None or self.cache.get(record.id) is not record:
@@ -92,7 +92,7 @@ class Authenticator:
 def _hash(credential: str) -> bytes:
     """Of 256 random bits: nobody finds the text again, nor another of the same hash. It takes a fifth of an
     HMAC."""
-    return blake2b(credential.encode()).digest()
+    return blake2b(credential.encode("utf-8", "surrogatepass")).digest()
 
 
 def _of_tokens(settings: Jwt) -> TokenAuthenticator:

@@ -38,10 +38,6 @@ class Peek(msgspec.Struct):
     max_completion_tokens: _Count | None = None
     max_output_tokens: _Count | None = None
 
-    def most_tokens(self) -> int | None:
-        """Of one answer, as the caller allows."""
-        return self.max_completion_tokens or self.max_tokens or self.max_output_tokens
-
 
 _decoder = msgspec.json.Decoder(Peek)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])

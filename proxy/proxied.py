@@ -21,6 +21,7 @@ from proxy.errors import (
     Draining,
     InvalidCredential,
     ModelNotAllowed,
+    ModelNotFound,
     NotFound,
     Refused,
 )
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 _JSON = "application/json"
 _PRIORITY = istr("x-headrace-priority")
+#: By these names: a member that is looked up in its class costs 0.1 us (Python 3.11).
+_QUEUE, _NO_MODEL, _NOW, _WAIT = Phase.QUEUE, Model.NONE, Manner.NOW, Manner.WAIT
 
 
 async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.StreamResponse:
@@ -60,7 +63,7 @@ async def proxy(request: web.Request, ctx: Context, endpoint: Endpoint) -> web.S
         if len(body) > STEP_BYTES:
             asked = await in_turns(peeking(body))
         else:
-            asked = peek(body) if body or endpoint.model is not Model.NONE else Peek()
+            asked = peek(body) if body or endpoint.model is not _NO_MODEL else Peek()
         return await forward_body(request, ctx, endpoint, body, asked)
     finally:
         held.release()
@@ -93,10 +96,15 @@ async def forward_body(
     """
     core = ctx.core
     settings, principal = core.config, ctx.principal
-    ctx.phase = Phase.QUEUE
-    name = _model_name(core, endpoint, asked)
-    ctx.model = None if name is None else "other"  # until it is known to be configured: a closed set
-    ctx.model, groups = core.route(name)
+    ctx.phase = _QUEUE
+    name = asked.model
+    if not name or endpoint.model is _NO_MODEL:
+        name = _routed_otherwise(core, endpoint, name)
+    try:
+        ctx.model, groups = core.route(name)
+    except ModelNotFound:
+        ctx.model = "other"  # not configured, and labels are a closed set
+        raise
     plan = None
     if principal is not None:
         plan = _plan_for(core, principal, name)
@@ -104,12 +112,13 @@ async def forward_body(
     entry = settings.models.get(ctx.model)
     output_tokens = 0
     hedge_after_s = None
-    manner = Manner.NOW
+    manner = _NOW
     if isinstance(body, bytes):
         ctx.asked_tokens = tokens.estimate_prompt(body)
         manner = _manner(request)
         if entry is not None:
-            output_tokens = tokens.most_output(asked.most_tokens(), entry.max_output, asked.n)
+            allowed = asked.max_completion_tokens or asked.max_tokens or asked.max_output_tokens
+            output_tokens = tokens.most_output(allowed, entry.max_output, asked.n)
             hedge_after_s = entry.hedge_after
         if asked.stream and settings.streams.usage == "inject":
             body, reshape = with_usage(endpoint, body, reshape)
@@ -121,7 +130,7 @@ async def forward_body(
             fields=headers.to_upstream(request.raw_headers, ctx.request_id),
             body=body,
             model=name,
-            wants_stream=bool(asked.stream),
+            wants_stream=asked.stream is True,
             reshape=reshape,
             hedge_after_s=hedge_after_s,
         )
@@ -180,7 +189,7 @@ def _plan_for(core: Core, principal: Principal, name: str | None) -> Plan:
 def _manner(request: web.Request) -> Manner:
     """A caller may say that it is in no hurry."""
     said = request.headers.get(_PRIORITY)
-    return Manner.LOW if said is not None and said.lower() == "low" else Manner.WAIT
+    return _WAIT if said is None or said.lower() != "low" else Manner.LOW
 
 
 def _is_json(content_type: str) -> bool:
@@ -190,14 +199,11 @@ def _is_json(content_type: str) -> bool:
     return media_type.strip() == _JSON and charset in ("", "utf-8", "utf8")
 
 
-def _model_name(core: Core, endpoint: Endpoint, asked: Peek) -> str | None:
-    """The model to route by, or None for `default_upstream`."""
-    if asked.model and endpoint.model is not Model.NONE:
-        return asked.model
-    if endpoint.model is Model.NONE:
+def _routed_otherwise(core: Core, endpoint: Endpoint, named: str | None) -> str | None:
+    """The model to route by where none is named or none has to be; None for `default_upstream`."""
+    if endpoint.model is _NO_MODEL:
         # Stored objects may name a model (assistants); an unknown one there is the provider's matter.
-        known = asked.model is not None and core.config.match_model(asked.model) is not None
-        return asked.model if known else None
+        return named if named is not None and core.config.match_model(named) is not None else None
     if endpoint.model is Model.OPTIONAL:
         return None
     raise BadRequest("missing_model", "The field 'model' is missing.", param="model")

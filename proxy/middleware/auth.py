@@ -6,6 +6,7 @@ is left of that is looked at before any store is asked.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from time import time
 
 from aiohttp import web
@@ -15,7 +16,6 @@ from multidict import istr
 
 from proxy import handshake, identity
 from proxy.context import CONTEXT, Context
-from proxy.core import Core
 from proxy.endpoints import Endpoint
 from proxy.errors import HeadraceError, NotFound
 from proxy.identity import Principal
@@ -28,26 +28,44 @@ _X_API_KEY, _API_KEY = istr("x-api-key"), istr("api-key")
 
 
 @web.middleware
-async def auth(request: web.Request, handler: Handler) -> web.StreamResponse:
+def auth(request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
+    """No coroutine where nothing waits: it would stand between every turn of a stream and its handler."""
     ctx = request[CONTEXT]
     core, endpoint = ctx.core, ctx.endpoint
     if endpoint is None:
         raise NotFound  # before anybody's credential is looked at: there is nothing to protect
     authenticator = core.authenticator
     if authenticator is None or ctx.route in _PUBLIC:
-        return await handler(request)
+        return handler(request)
     if ctx.route in _ANONYMOUS:
-        ctx.principal = await _anonymous(ctx, core)
-        return await handler(request)
+        return _anonymous(request, ctx, handler)
     try:
-        credential, now = _credential(request, endpoint), time()
-        principal = authenticator.known(credential, now) or await authenticator.identify(credential, now)
+        credential = _credential(request, endpoint)
+        principal = authenticator.known(credential, time())
+        if principal is None:
+            return _identify(request, ctx, handler, authenticator.identify(credential, time()))
         identity.check_address(principal, ctx.client_ip)
-    except HeadraceError:
-        await core.admission.spend_address(ctx.client_ip)
-        raise
+    except HeadraceError as error:
+        return _refuse(ctx, error)
+    ctx.principal = principal
+    return handler(request)
+
+
+async def _identify(
+    request: web.Request, ctx: Context, handler: Handler, identified: Awaitable[Principal]
+) -> web.StreamResponse:
+    try:
+        principal = await identified
+        identity.check_address(principal, ctx.client_ip)
+    except HeadraceError as error:
+        return await _refuse(ctx, error)
     ctx.principal = principal
     return await handler(request)
+
+
+async def _refuse(ctx: Context, error: HeadraceError) -> web.StreamResponse:
+    await ctx.core.admission.spend_address(ctx.client_ip)
+    raise error
 
 
 def _credential(request: web.Request, endpoint: Endpoint) -> str | None:
@@ -60,9 +78,10 @@ def _credential(request: web.Request, endpoint: Endpoint) -> str | None:
     return identity.credential_of(fields.getall(AUTHORIZATION, ()), others)
 
 
-async def _anonymous(ctx: Context, core: Core) -> Principal:
-    api = core.config.browser_api
+async def _anonymous(request: web.Request, ctx: Context, handler: Handler) -> web.StreamResponse:
+    api = ctx.core.config.browser_api
     if api is None:
         raise NotFound
-    await core.admission.spend_address(ctx.client_ip)
-    return Principal(name=f"ip:{ctx.client_ip}", key_id="", plan=api.plan)
+    await ctx.core.admission.spend_address(ctx.client_ip)
+    ctx.principal = Principal(name=f"ip:{ctx.client_ip}", key_id="", plan=api.plan)
+    return await handler(request)
