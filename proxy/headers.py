@@ -123,15 +123,27 @@ def _named_by_connection(fields: RawHeaders) -> frozenset[bytes]:
     return frozenset().union(*map(_options, named))
 
 
-@lru_cache(maxsize=1024)
-def _line_start(name: bytes) -> bytes | None:
+class _LineStarts(dict[bytes, bytes | None]):
     """How a caller's field begins on its line upstream, empty where it stays here; None: it is `Connection`.
-    By its name alone: the same few names come with every request."""
+    By its name alone: the same few names come with every request. (A look-up takes 20 ns, by `lru_cache` it
+    takes 110, which makes a tuple of what is no text.)"""
+
+    def __missing__(self, name: bytes) -> bytes | None:
+        if len(self) >= 1024:
+            self.clear()
+        self[name] = start = _line_start(name)
+        return start
+
+
+def _line_start(name: bytes) -> bytes | None:
     lower = name.lower()
     if lower == b"connection":
         return None
     stays = lower in _REQUEST_DROP or b"_" in name or lower.startswith(b"x-headrace-")
     return b"" if stays else name + b": "
+
+
+_LINE_STARTS = _LineStarts()
 
 
 @lru_cache(maxsize=64)
@@ -162,7 +174,7 @@ def to_upstream(fields: RawHeaders, request_id: str) -> bytes:
     parts: list[bytes] = []
     named = _NONE_NAMED
     for name, value in fields:
-        start = _line_start(name)
+        start = _LINE_STARTS[name]
         if start:
             parts += (start, value, b"\r\n")
         elif start is None:

@@ -58,6 +58,34 @@ def test_to_upstream_keeps(fields: list[tuple[bytes, bytes]]) -> None:
     assert headers.to_upstream(kept, "ours") == expected
 
 
+@given(FIELDS, st.text("abc", max_size=20))
+def test_to_upstream_looks_at_each_field_alone(fields: list[tuple[bytes, bytes]], request_id: str) -> None:
+    """A field crosses beside others as it does alone, unless `Connection` names it; then comes the id."""
+    ours = b"x-request-id: %b\r\n" % request_id.encode()
+    alone = [
+        headers.to_upstream([field], request_id).removesuffix(ours)
+        for field in fields
+        if field[0].lower() not in named(fields)
+    ]
+    assert headers.to_upstream(fields, request_id) == b"".join([*alone, ours])
+
+
+@pytest.mark.parametrize("connection", [b"keep-alive", b"close", b"X-A", b"keep-alive, x-a ,X-B", b"", b","])
+def test_what_connection_names_stays(connection: bytes) -> None:
+    """However it is spelt, and before the field or behind it."""
+    fields = [(b"x-A", b"1"), (b"Connection", connection), (b"X-b", b"2"), (b"X-C", b"3")]
+    stay = {option.strip().lower() for option in connection.split(b",")}
+    kept = b"".join(b"%b: %b\r\n" % each for each in fields if each[0].lower() not in stay | {b"connection"})
+    assert headers.to_upstream(fields, "i") == kept + b"x-request-id: i\r\n"
+
+
+def test_names_that_nobody_sends_twice_are_not_kept() -> None:
+    """What is known about names is bounded."""
+    for number in range(3000):
+        assert headers.to_upstream([(b"X-%d" % number, b"1")], "i").startswith(b"X-%d: 1\r\n" % number)
+    assert len(headers._LINE_STARTS) <= 1024
+
+
 @given(FIELDS, st.booleans())
 def test_to_caller_drops(fields: list[tuple[bytes, bytes]], keep_ratelimit: bool) -> None:
     """No hop-by-hop field, cookie or server name reaches the caller, and nothing that breaks a head."""

@@ -287,6 +287,14 @@ def test_the_one_credential(authorization: list[str], others: list[str], credent
     assert identity.credential_of(authorization, others) == credential
 
 
+@given(st.text(" \tab", max_size=8), st.text(" \t", max_size=2))
+def test_the_scheme_in_any_spelling(rest: str, before: str) -> None:
+    """The usual one is looked for first, and means the same."""
+    usual, other = f"{before}Bearer {rest}", f"{before}bEARER {rest}"
+    assert identity.credential_of([usual], []) == identity.credential_of([other], [])
+    assert identity.credential_of([usual], []) == identity.credential_of([usual, usual], [])
+
+
 @pytest.mark.parametrize(
     ("authorization", "others"),
     [
