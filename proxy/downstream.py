@@ -140,8 +140,8 @@ class Connection(RequestHandler):
             self._received = True
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """aiohttp calls this at the end of each body and after each read of one, and parses an empty read
-        then: where nothing was paused, there is nothing to resume (6 % of a short request's bytecodes)."""
+        """aiohttp asks for this once a body has been read, and parses nothing again: 4 % of a short request's
+        bytecodes. Whatever waits to be parsed has paused something."""
         if self._reading_paused or self._buffer_paused:
             super().resume_reading(resume_parser)
 

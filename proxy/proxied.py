@@ -150,8 +150,8 @@ async def _ask(
     ranking = turns.ranking()
     if not ranking:
         raise nobody_available(turns)
+    upstreams = [target.upstream for target in ranking]
     with in_use(groups):
-        upstreams = [target.upstream for target in ranking]
         seat = core.admission.seat_at_once(ctx, plan, upstreams)
         if seat is None:
             seat = await core.admission.seat_in_turn(ctx, plan, upstreams, manner)
