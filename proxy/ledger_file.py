@@ -12,6 +12,7 @@ import os
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -38,7 +39,13 @@ _COLUMNS = """
     cost_picos INTEGER, list_cost_picos INTEGER"""
 # For a caller's own usage: an entry holds the id as well, so a time range of one caller is a range of it.
 _INDEX = "CREATE INDEX ledger_by_caller ON ledger (caller)"
-_INSERT = f"INSERT OR IGNORE INTO ledger VALUES ({', '.join('?' * len(Row.__struct_fields__))})"  # noqa: S608 - column marks only
+_ROW = f"({', '.join('?' * len(Row.__struct_fields__))})"
+_INSERT = f"INSERT OR IGNORE INTO ledger VALUES {_ROW}"  # noqa: S608 - column marks only
+#: Rows that one statement takes (old SQLites stop at 999 marks). The interpreter's lock is let go and fetched
+#: again for each statement, which beside a busy loop costs half as much as the row itself (measured: 14 us a
+#: row alone, 9 in sixteens).
+_AT_ONCE = 16
+_INSERT_MANY = f"INSERT OR IGNORE INTO ledger VALUES {', '.join([_ROW] * _AT_ONCE)}"  # noqa: S608
 _DELETE = "DELETE FROM ledger WHERE id IN (SELECT id FROM ledger WHERE id < ? ORDER BY id LIMIT ?)"
 
 #: What a row can have wrong that its neighbours have not.
@@ -106,9 +113,12 @@ class LedgerFile:
         """Writes rows, each once however often it comes. Returns how many no database could hold; raises
         sqlite3.Error, and then none is written."""
         values = [msgspec.structs.astuple(row) for row in rows]
+        packed = len(values) - len(values) % _AT_ONCE
+        packs = [list(chain.from_iterable(values[at : at + _AT_ONCE])) for at in range(0, packed, _AT_ONCE)]
         try:
             with self._transaction() as connection:
-                connection.executemany(_INSERT, values)
+                connection.executemany(_INSERT_MANY, packs)
+                connection.executemany(_INSERT, values[packed:])
             return 0
         except _ROW_ERRORS:
             return self._insert_one_by_one(values)

@@ -21,6 +21,7 @@ from proxy import ledger_link, ledger_read
 from proxy.control import Channel
 from proxy.errors import StartError
 from proxy.ledger import Ledger
+from proxy.ledger_file import LedgerFile
 from proxy.ledger_link import LedgerLink
 from proxy.ledger_read import LedgerFailed
 from proxy.ledger_row import MOST, UNIQUE_BYTES, first_id, row_id, storable
@@ -63,6 +64,20 @@ async def test_every_field_comes_back(tmp_path: Path) -> None:
         await settled(ledger)
         assert written(path) == by_id(rows + more)
         assert (ledger.added, ledger.dropped) == (3004, 0)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 33])
+def test_rows_in_one_statement(count: int, tmp_path: Path) -> None:
+    """Whether a row shares its statement with others or has one of its own: it is written once, and one that
+    no database can hold spoils nobody else's."""
+    path, rows = tmp_path / "l.db", [row() for _ in range(count)]
+    with closing(LedgerFile(path)) as file:
+        assert file.insert(rows) == 0
+        assert file.insert(list(reversed(rows))) == 0
+        assert written(path) == by_id(rows)
+        more = [row() for _ in range(count)]
+        assert file.insert([*more, row(caller="\ud800")]) == 1
+        assert written(path) == by_id(rows + more)
 
 
 async def test_a_row_is_written_once(tmp_path: Path) -> None:
