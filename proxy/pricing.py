@@ -15,7 +15,6 @@ from proxy.usage import Source, Usage
 if TYPE_CHECKING:
     from proxy.schema import Price
 
-_DECIMALS = 6
 PICOS_PER_USD = 10**12
 PICOS_PER_NANO = 1000
 
@@ -41,17 +40,12 @@ def cost_picos(usage: Usage, price: Price | None) -> int | None:
     """Picodollars, exact: the ledger's unit."""
     if price is None or usage.source is Source.UNKNOWN:
         return None
-    cached_input = price.input if price.cached_input is None else price.cached_input
+    prompt, cached, answer = price.picos
     return (
-        (usage.prompt_tokens - usage.cached_tokens) * _picos(price.input)
-        + usage.cached_tokens * _picos(cached_input)
-        + usage.completion_tokens * _picos(price.output)
+        (usage.prompt_tokens - usage.cached_tokens) * prompt
+        + usage.cached_tokens * cached
+        + usage.completion_tokens * answer
     )
-
-
-def _picos(price: Decimal) -> int:
-    """Picodollars a token: a millionth of a dollar per million is one."""
-    return int(price.scaleb(_DECIMALS))
 
 
 def usd(picos: int) -> Decimal:
@@ -62,8 +56,8 @@ def usd(picos: int) -> Decimal:
 
 def format_picos(picos: int) -> str:
     """The same of picodollars, without a Decimal: a third of the time, for the log."""
-    whole, rest = divmod(picos, PICOS_PER_USD)
-    return f"{whole}.{f'{rest:012d}'.rstrip('0').ljust(2, '0')}"
+    digits = f"{picos:013d}"
+    return f"{digits[:-12]}.{digits[-12:].rstrip('0').ljust(2, '0')}"
 
 
 def format_usd(amount: Decimal) -> str:

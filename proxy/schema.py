@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from decimal import Decimal
+from functools import cached_property
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -368,7 +369,7 @@ class Target(Section, frozen=True, kw_only=True):
     ] = 1
 
 
-class Price(Section, frozen=True, kw_only=True):
+class Price(Section, frozen=True, kw_only=True, dict=True):
     """USD per million tokens, exact to six decimals."""
 
     input: Annotated[Usd, _doc("Tokens of the prompt.")]
@@ -376,6 +377,13 @@ class Price(Section, frozen=True, kw_only=True):
         Usd | None, _doc("Tokens of the prompt that the provider had cached; left out: like input.")
     ] = None
     output: Annotated[Usd, _doc("Tokens of the answer, reasoning included.")]
+
+    @cached_property
+    def picos(self) -> tuple[int, int, int]:
+        """Picodollars (1e-12 USD) of one token: of the prompt, of its cached part, of the answer."""
+        cached_input = self.input if self.cached_input is None else self.cached_input
+        # A millionth of a dollar per million tokens is one.
+        return int(self.input.scaleb(6)), int(cached_input.scaleb(6)), int(self.output.scaleb(6))
 
 
 class Model(Section, frozen=True, kw_only=True):

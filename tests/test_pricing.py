@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config import parse
-from proxy.pricing import cost_nanos, cost_picos, cost_usd, format_usd, usd
+from proxy.pricing import cost_nanos, cost_picos, cost_usd, format_picos, format_usd, usd
 from proxy.schema import Price
 from proxy.usage import UNKNOWN, Source, Usage
 from proxy.yamlstruct import ConfigError
@@ -84,6 +84,8 @@ def test_exact(usage: Usage, per_input: Decimal, per_output: Decimal, per_cached
     assert usd(int(exact * 10**12)) == cost
     assert 0 <= nanos - exact * 10**9 < 1
     assert Fraction(Decimal(format_usd(cost))) == exact
+    assert format_picos(int(exact * 10**12)) == format_usd(cost)
+    assert given_price == Price(input=per_input, output=per_output, cached_input=per_cached)
 
 
 @pytest.mark.parametrize("amount", ["-1", "-0", "NaN", "Infinity", "0.0000001", "1000000.000001", "1E-99999"])
