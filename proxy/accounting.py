@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from proxy import schema
     from proxy.admission import Admission
     from proxy.context import Context
+    from proxy.metrics import Outcome
     from proxy.schema import Plan
     from proxy.state import Spend, State
 
@@ -38,7 +39,7 @@ _NOTHING = Usage(source=Source.ESTIMATED)
 #: Rows are told apart by a random process and their number in it: random bytes for each cost 12 us.
 _COUNTED_BYTES = 4
 _COUNTED = 256**_COUNTED_BYTES
-_PROCESS = os.urandom(UNIQUE_BYTES - _COUNTED_BYTES)
+_PROCESS = os.urandom(UNIQUE_BYTES - _COUNTED_BYTES).hex()
 _numbers = itertools.count()
 #: Before the first byte of an answer.
 _ENDED_BY_UPSTREAM = (Reason.UPSTREAM_ERROR, Reason.UPSTREAM_CUT)
@@ -122,12 +123,12 @@ async def rebuild(counters: State, ledger: Path, wall_now: float) -> None:
             await counters.settle_spend(spends, wall_now)
 
 
-def row_of(ctx: Context, reason: Reason, wall_now: float, duration_s: float) -> Row:
+def row_of(ctx: Context, outcome: Outcome, wall_now: float, duration_s: float) -> Row:
     """The ledger's row of a request that has just ended."""
     principal, usage = ctx.principal, ctx.usage or UNKNOWN
     started_at = wall_now - duration_s
     return Row(
-        id=row_id(started_at, _PROCESS + (next(_numbers) % _COUNTED).to_bytes(_COUNTED_BYTES, "big")),
+        id=row_id(started_at, f"{_PROCESS}{next(_numbers) % _COUNTED:0{2 * _COUNTED_BYTES}x}"),
         started_at=started_at,
         ended_at=wall_now,
         request_id=ctx.request_id,
@@ -135,17 +136,17 @@ def row_of(ctx: Context, reason: Reason, wall_now: float, duration_s: float) -> 
         caller="" if principal is None else principal.name,
         plan="" if principal is None else principal.plan,
         route=ctx.route,
-        model=ctx.model or "none",
-        upstream=ctx.upstream or "none",
+        model=outcome.model,
+        upstream=outcome.upstream,
         status=ctx.status,
-        reason=reason.value,
+        reason=outcome.reason,
         attempts=ctx.attempts,
         stream=ctx.streaming,
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,
         completion_tokens=usage.completion_tokens,
         reasoning_tokens=usage.reasoning_tokens,
-        usage_source=usage.source.value,
+        usage_source=usage.source._value_,  # `value` is a property in Python
         cost_picos=storable(ctx.cost_picos),
         list_cost_picos=storable(ctx.list_cost_picos),
     )

@@ -86,15 +86,15 @@ class RowSink(Protocol):
         LedgerFailed if the file cannot be read now."""
 
 
-def row_id(started_at: float, unique: bytes) -> str:
-    """The id of a row. unique: `UNIQUE_BYTES` of them."""
-    return first_id(started_at) + unique.hex()
+def row_id(started_at: float, unique: str) -> str:
+    """The id of a row. unique: `UNIQUE_BYTES`, as hex digits."""
+    return f"{max(0, int(started_at * 1000)):0{_TIME_DIGITS}x}{unique}"
 
 
 def first_id(moment: float) -> str:
     """No row that started at `moment` (exact to a millisecond) or later has a lesser id, and no earlier one
     a greater."""
-    return f"{max(0, int(moment * 1000)):0{_TIME_DIGITS}x}"
+    return row_id(moment, "")
 
 
 def storable(picos: int | None) -> int | None:

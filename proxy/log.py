@@ -34,33 +34,33 @@ Fields = MutableMapping[str, Any]
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
-class RequestLine(msgspec.Struct):
+class RequestLine(msgspec.Struct, kw_only=True, gc=False):
     """One request (contract section 8). Times are milliseconds; null means that the phase was not reached."""
 
     ts: str
-    level: str
-    event: str
+    level: str = "info"
+    event: str = "request"
     request_id: str
-    key_id: str | None
-    plan: str | None
+    key_id: str | None = None
+    plan: str | None = None
     method: str
     route: str
-    model: str | None
-    upstream: str | None
-    attempts: int
+    model: str | None = None
+    upstream: str | None = None
+    attempts: int = 0
     status: int
     reason: str
-    queue_ms: float | None
-    ttfb_ms: float | None
-    ttft_ms: float | None
-    duration_ms: float
-    chunks: int
-    bytes_in: int
-    bytes_out: int
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    usage_source: str | None
-    cost_usd: str | None
+    queue_ms: float | None = None
+    ttfb_ms: float | None = None
+    ttft_ms: float | None = None
+    duration_ms: float = 0.0
+    chunks: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    usage_source: str | None = None
+    cost_usd: str | None = None
     client_ip: str
     error: str | None = None  # our error code, if we made the answer
     trace_id: str | None = None  # of the caller's traceparent
@@ -70,29 +70,11 @@ def refusal_line(status: int, code: str, reason: str, request_id: str, peer: str
     """The line of a request that never became one."""
     return RequestLine(
         ts=timestamp(),
-        level="info",
-        event="request",
         request_id=request_id,
-        key_id=None,
-        plan=None,
         method="UNKNOWN",
         route="other",
-        model=None,
-        upstream=None,
-        attempts=0,
         status=status,
         reason=reason,
-        queue_ms=None,
-        ttfb_ms=None,
-        ttft_ms=None,
-        duration_ms=0.0,
-        chunks=0,
-        bytes_in=0,
-        bytes_out=0,
-        prompt_tokens=None,
-        completion_tokens=None,
-        usage_source=None,
-        cost_usd=None,
         client_ip=peer,
         error=code,
     )

@@ -18,7 +18,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.ledger_row import RowSink
+from proxy.errors import Reason
+from proxy.ledger_row import Row, RowSink
+from proxy.pricing import PICOS_PER_USD
 
 _PREFIX = "headrace_"
 Labels = tuple[str, ...]
@@ -101,7 +103,7 @@ class Histogram:
         self.values: dict[Labels, list[float]] = {}
 
     def observe(self, labels: Labels, value: float) -> None:
-        row = self.row(labels)
+        row = self.values.get(labels) or self.row(labels)  # nearly always it is there
         row[bisect_left(self.buckets, value)] += 1
         row[-1] += value
 
@@ -131,6 +133,56 @@ class Histogram:
                 cumulative.append((bound, running))
             family.add_metric(labels, cumulative, row[-1])
         return family
+
+
+class Outcome:
+    """Requests that ended alike: the labels of what the end of one adds to, made once.
+
+    As many as `requests_total` has series, and as long-lived: labels are from closed sets, and what was
+    counted stays. A series begins when something is counted in it, no sooner.
+    """
+
+    __slots__ = (
+        "_cost",
+        "_costs",
+        "_kinds",
+        "_spent",
+        "_tokens",
+        "duration",
+        "first_token",
+        "model",
+        "reason",
+        "requests",
+        "to_upstream",
+        "upstream",
+    )
+
+    def __init__(self, metrics: Metrics, labels: Labels) -> None:
+        """labels: of `requests_total`."""
+        route, self.model, self.upstream, _, self.reason = self.requests = labels
+        self.duration = (route, self.upstream)
+        self.first_token = (self.model, self.upstream)
+        self.to_upstream = (self.upstream,)
+        self._kinds = tuple([(self.model, kind) for kind in ("prompt", "cached", "completion", "reasoning")])
+        self._cost = (self.model,)
+        self._tokens, self._costs = metrics.tokens.values, metrics.cost_usd.values
+        self._spent = False
+
+    def spend(self, row: Row) -> None:
+        """What the row of such a request says: these counters are proved against the rows. Its usage is
+        known."""
+        tokens = self._tokens
+        if not self._spent:
+            self._spent = True
+            for labels in self._kinds:
+                tokens.setdefault(labels, 0)
+        prompt, cached, completion, reasoning = self._kinds
+        tokens[prompt] += row.prompt_tokens
+        tokens[cached] += row.cached_tokens
+        tokens[completion] += row.completion_tokens
+        tokens[reasoning] += row.reasoning_tokens
+        if row.cost_picos is not None:
+            self._costs[self._cost] = self._costs.get(self._cost, 0) + row.cost_picos / PICOS_PER_USD
 
 
 class Metrics:
@@ -205,6 +257,7 @@ class Metrics:
         self.log_dropped = Counter("log_lines_dropped_total", "Log lines that no sink took.")
         self.config_reloads = Counter("config_reloads_total", "Reloads by result.", ("result",))
         self.workers_replaced = Counter("workers_replaced_total", "Workers that died or hung.")
+        self._outcomes: dict[tuple[str, str | None, str | None, int, Reason], Outcome] = {}
         self._measure_processes()
         self.state_store_up.set((), 1)
         for result in ("ok", "error"):
@@ -233,6 +286,17 @@ class Metrics:
             "process_open_fds_ratio", "File descriptors of their limit, in the process with the least left."
         )
         self.workers = Gauge("workers", "Processes that serve or drain.")
+
+    def outcome(
+        self, route: str, model: str | None, upstream: str | None, status: int, reason: Reason
+    ) -> Outcome:
+        """Of a request that has ended so; model, upstream: None if it came to none."""
+        key = (route, model, upstream, status, reason)
+        found = self._outcomes.get(key)
+        if found is None:
+            labels = (route, model or "none", upstream or "none", str(status), reason.value)
+            found = self._outcomes[key] = Outcome(self, labels)
+        return found
 
     def show_ledger(self, ledger: RowSink) -> None:
         """The figures of the way that rows take from here."""
