@@ -123,14 +123,14 @@ async def rebuild(counters: State, ledger: Path, wall_now: float) -> None:
             await counters.settle_spend(spends, wall_now)
 
 
-def row_of(ctx: Context, outcome: Outcome, wall_now: float, duration_s: float) -> Row:
-    """The ledger's row of a request that has just ended."""
+def row_of(ctx: Context, outcome: Outcome, wall_offset_s: float) -> Row:
+    """The ledger's row of a request that has ended. wall_offset_s: from its clock to the wall's."""
     principal, usage = ctx.principal, ctx.usage or UNKNOWN
-    started_at = wall_now - duration_s
+    started_at = ctx.started_at + wall_offset_s
     return Row(
         id=row_id(started_at, f"{_PROCESS}{next(_numbers) % _COUNTED:0{2 * _COUNTED_BYTES}x}"),
         started_at=started_at,
-        ended_at=wall_now,
+        ended_at=ctx.ended_at + wall_offset_s,
         request_id=ctx.request_id,
         key_id="" if principal is None else principal.key_id,
         caller="" if principal is None else principal.name,

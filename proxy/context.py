@@ -62,6 +62,7 @@ class Context:
         "core",
         "cost_picos",
         "dialect",
+        "ended_at",
         "endpoint",
         "error_code",
         "first_byte_at",
@@ -96,6 +97,7 @@ class Context:
         self.dialect = endpoint.dialect if endpoint is not None else _dialect_of(path)
         self.route = endpoint.name if endpoint is not None else "other"
         self.started_at = started_at
+        self.ended_at = started_at
         self.task = asyncio.current_task()
         self.phase = Phase.BODY
         self.principal: Principal | None = None  # who asks; None in open mode
@@ -169,6 +171,11 @@ class Context:
             "idle_s": round(idle_s, 3),
             "buffered_bytes": seen.waiting_bytes,
         }
+
+    def end(self, now: float) -> None:
+        """Nobody may stop it any more: its answer, or nothing, is on the way."""
+        self.ended_at = now
+        self.task = None
 
     def stop(self, reason: Reason) -> None:
         """Ends the request from outside (drain, kill). The task sees a cancellation that carries a reason;

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from time import monotonic, time
 
+import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
@@ -45,32 +46,50 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         ctx.reason = ctx.reason or Reason.CLIENT_GONE  # a write to a connection that has just closed
         raise
     finally:
+        ctx.end(monotonic())
+        if not core.ended:
+            asyncio.get_running_loop().call_soon(_settle_all, core)
+        core.ended.append(request)
+
+
+def _settle_all(core: Core) -> None:
+    """In the next turn of the loop, before it reads anything new: nobody can ask for the figures sooner. The
+    answers go out first, and what has ended together is settled together (3 % of a short request: the second
+    finds the code in the processor's caches)."""
+    ended, core.ended = core.ended, []
+    wall_offset_s = time() - monotonic()
+    for request in ended:
+        ctx = request[CONTEXT]
         core.running.discard(ctx)
         core.metrics.requests_in_flight.add((ctx.route,), -1)
-        _settle(core, ctx, request)
+        try:
+            _settle(core, ctx, request, wall_offset_s)
+        except Exception as error:  # the others' lines do not depend on it
+            structlog.get_logger().error(
+                "internal_error", request_id=ctx.request_id, error=type(error).__name__
+            )
 
 
-def _settle(core: Core, ctx: Context, request: web.Request) -> None:
-    ended_at, wall_now = monotonic(), time()
+def _settle(core: Core, ctx: Context, request: web.Request, wall_offset_s: float) -> None:
     reason = ctx.reason or Reason.INTERNAL_ERROR
     if reason is Reason.CLIENT_GONE:
         ctx.status = ctx.status or _CLIENT_CLOSED
         core.metrics.client_disconnects.add((ctx.phase.value,))
     outcome = core.metrics.outcome(ctx.route, ctx.model, ctx.upstream, ctx.status, reason)
-    _count(core.metrics, outcome, ctx, ended_at)
+    _count(core.metrics, outcome, ctx)
     if ctx.reached_upstream:
-        row = row_of(ctx, outcome, wall_now, ended_at - ctx.started_at)
+        row = row_of(ctx, outcome, wall_offset_s)
         core.ledger.add(row)
         if ctx.usage is not None and ctx.usage.source is not Source.UNKNOWN:
             outcome.spend(row)
     if core.request_log.enabled:
-        core.request_log.write(_line(request, ctx, outcome, ended_at, wall_now))
+        core.request_log.write(_line(request, ctx, outcome, wall_offset_s))
 
 
-def _count(metrics: Metrics, outcome: Outcome, ctx: Context, ended_at: float) -> None:
+def _count(metrics: Metrics, outcome: Outcome, ctx: Context) -> None:
     started_at = ctx.started_at
     metrics.requests.add(outcome.requests)
-    metrics.request_duration.observe(outcome.duration, ended_at - started_at)
+    metrics.request_duration.observe(outcome.duration, ctx.ended_at - started_at)
     metrics.response_bytes.add((), ctx.bytes_out)
     if ctx.sent_at is not None:
         metrics.overhead.observe((), ctx.sent_at - started_at - (ctx.queue_s or 0.0))
@@ -80,13 +99,11 @@ def _count(metrics: Metrics, outcome: Outcome, ctx: Context, ended_at: float) ->
         metrics.time_to_first_token.observe(outcome.first_token, ctx.first_token_at - started_at)
 
 
-def _line(
-    request: web.Request, ctx: Context, outcome: Outcome, ended_at: float, wall_now: float
-) -> RequestLine:
+def _line(request: web.Request, ctx: Context, outcome: Outcome, wall_offset_s: float) -> RequestLine:
     principal, usage, started_at = ctx.principal, ctx.usage, ctx.started_at
     known = None if usage is None or usage.source is Source.UNKNOWN else usage
     return RequestLine(
-        ts=timestamp(wall_now),
+        ts=timestamp(ctx.ended_at + wall_offset_s),
         request_id=ctx.request_id,
         key_id=None if principal is None else principal.key_id or None,
         plan=None if principal is None else principal.plan,
@@ -100,7 +117,7 @@ def _line(
         queue_ms=None if ctx.queue_s is None else _ms(ctx.queue_s),
         ttfb_ms=None if ctx.first_byte_at is None else _ms(ctx.first_byte_at - started_at),
         ttft_ms=None if ctx.first_token_at is None else _ms(ctx.first_token_at - started_at),
-        duration_ms=_ms(ended_at - started_at),
+        duration_ms=_ms(ctx.ended_at - started_at),
         chunks=ctx.chunks,
         bytes_in=ctx.bytes_in,
         bytes_out=ctx.bytes_out,
