@@ -44,6 +44,7 @@ from proxy.keys import load_pepper
 from proxy.keystore import opened
 from proxy.ledger import Ledger
 from proxy.metrics import Metrics
+from proxy.middleware import guard, observe, request_id
 from proxy.pipe import Clocks, Pipe
 from proxy.seat import Manner
 from proxy.shared import Shared
@@ -56,9 +57,6 @@ from proxy.verify import VerifiedPipe
 
 # By its full name: the package has the function of the same name.
 cors = importlib.import_module("proxy.middleware.cors")
-guard = importlib.import_module("proxy.middleware.guard").guard
-observe = importlib.import_module("proxy.middleware.observe").observe
-request_id = importlib.import_module("proxy.middleware.request_id").request_id
 
 RESULTS = report.RESULTS / "features.json"
 PAGE = machine.REPOSITORY / "docs" / "scale.md"
@@ -218,7 +216,15 @@ async def prices_of_records(settings: config.Config, folder: Path, times: int) -
 
     async def cost(core: Core, settled: Callable[[], bool] | None) -> float:
         request = make_request(core)
-        return await each(lambda: observe(request, answered), times, settled)
+        ctx = request[CONTEXT]
+
+        async def one() -> None:
+            observe.begin(ctx)
+            observe.answered(ctx, _ANSWER)
+            observe.end(ctx, request)
+            await asyncio.sleep(0)  # it is settled in the next turn
+
+        return await each(one, times, settled)
 
     try:
         metrics = await cost(make_core(settings, silent, _NoRows()), None)
@@ -240,19 +246,26 @@ async def prices_of_records(settings: config.Config, folder: Path, times: int) -
 async def price_of_request_id(settings: config.Config, times: int) -> Price:
     core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]  # a part of it is enough
     request = make_request(core)
-    return Price(
-        "request id, route and caller's address", await each(lambda: request_id(request, answered), times)
-    )
+
+    async def one() -> None:
+        request_id.begin(request)
+
+    return Price("request id, route and caller's address", await each(one, times))
 
 
 async def price_of_guard(settings: config.Config, times: int) -> Price:
     """Of a good request: nothing of it is refused."""
     core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]  # a part of it is enough
     request = make_request(core)
-    price = await each(lambda: guard(request, answered), times)
-    return Price(
-        "guard: what nobody should send is refused", price - await each(lambda: answered(request), times)
-    )
+    ctx = request[CONTEXT]
+
+    async def one() -> None:
+        guard.check(request, ctx)
+
+    async def nothing() -> None: ...
+
+    price = await each(one, times) - await each(nothing, times)
+    return Price("guard: what nobody should send is refused", price)
 
 
 async def price_of_cors(settings: config.Config, times: int) -> Price:

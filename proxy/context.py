@@ -50,6 +50,7 @@ class Context:
 
     __slots__ = (
         "_acked_before",
+        "_stream_id",
         "_transport",
         "allowance",
         "asked_tokens",
@@ -82,7 +83,6 @@ class Context:
         "started_at",
         "status",
         "stopped",
-        "stream_id",
         "streaming",
         "task",
         "upstream",
@@ -92,7 +92,7 @@ class Context:
     def __init__(self, request_id: str, endpoint: Endpoint | None, path: str, started_at: float) -> None:
         self.core: Core  # of this process: looking it up in the application takes ten times as long
         self.request_id = request_id
-        self.stream_id = f"{_PROCESS}-{next(_numbers)}"  # ours: a caller may repeat its request id
+        self._stream_id = ""
         self.endpoint = endpoint
         self.dialect = endpoint.dialect if endpoint is not None else _dialect_of(path)
         self.route = endpoint.name if endpoint is not None else "other"
@@ -128,6 +128,13 @@ class Context:
         self.list_cost_picos: int | None = None
         self._transport: asyncio.BaseTransport | None = None  # the caller's connection
         self._acked_before: int | None = None  # bytes that it took for earlier requests
+
+    @property
+    def stream_id(self) -> str:
+        """Ours, for a caller may repeat its request id; made for whoever looks."""
+        if not self._stream_id:
+            self._stream_id = f"{_PROCESS}-{next(_numbers)}"
+        return self._stream_id
 
     def goes_out_by(self, transport: asyncio.BaseTransport | None) -> None:
         """The connection that operators see the progress of: of whatever is not sent in one write."""

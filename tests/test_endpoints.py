@@ -30,6 +30,9 @@ def test_every_row_matches_itself(endpoint: endpoints.Endpoint) -> None:
             assert endpoints.match(method, path.removeprefix("/v1")) == found
     for method in ("OPTIONS", "TRACE", "CONNECT", "get", ""):
         assert endpoints.match(method, path) is None
+    # `guard` lets every row pass without a look at its path.
+    for other in (f"/{path}", path[1:], f"http://host{path}", f"*{path}"):
+        assert not [method for method in endpoint.methods if endpoints.match(method, other)]
 
 
 def test_rows_are_unique() -> None:

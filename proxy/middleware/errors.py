@@ -7,39 +7,34 @@ import traceback
 
 import structlog
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
-from proxy.context import CONTEXT, Context
+from proxy.context import Context
 from proxy.errors import Draining, HeadraceError, Internal, Killed, NotFound, Reason, Refused, UpstreamFailed
 
 
-@web.middleware
-async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    ctx = request[CONTEXT]
-    try:
-        return await handler(request)
-    except HeadraceError as error:
+def answer(ctx: Context, error: BaseException) -> web.Response:
+    """To a request that `error` has ended. Raises it again where there is nobody to tell, or no way to."""
+    if isinstance(error, HeadraceError):
         return respond(ctx, error)
-    except asyncio.CancelledError:
+    if isinstance(error, asyncio.CancelledError):
         # Drain and kill cancel with a reason, in any phase; without one the caller has left.
         if ctx.stopped is None or ctx.committed:
-            raise
+            raise error
         task = asyncio.current_task()
         assert task is not None
         task.uncancel()
         return respond(ctx, Draining() if ctx.stopped is Reason.DRAINED else Killed())
-    except web.HTTPException as error:
+    if isinstance(error, web.HTTPException):
         # aiohttp's own router, for the few paths that reach it.
         return respond(ctx, NotFound() if error.status == 404 else Refused(error.status))
-    except ConnectionError:
-        raise
-    except Exception as error:
-        structlog.get_logger().error(
-            "internal_error", request_id=ctx.request_id, error=type(error).__name__, where=_where(error)
-        )
-        if ctx.committed:
-            raise
-        return respond(ctx, Internal())
+    if isinstance(error, ConnectionError) or not isinstance(error, Exception):
+        raise error
+    structlog.get_logger().error(
+        "internal_error", request_id=ctx.request_id, error=type(error).__name__, where=_where(error)
+    )
+    if ctx.committed:
+        raise error
+    return respond(ctx, Internal())
 
 
 def _where(error: BaseException) -> list[str]:

@@ -1,6 +1,6 @@
 """The one place that measures: counts a request in, and at its end writes its metrics and its log line.
 
-`finally` covers the whole stream, because a handler of aiohttp returns after the last byte.
+Between `begin` and `end` lies the whole stream, because a handler of aiohttp returns after the last byte.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from time import monotonic, time
 
 import structlog
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from multidict import istr
 
 from proxy import headers
 from proxy.accounting import row_of
@@ -22,34 +22,31 @@ from proxy.metrics import Metrics, Outcome
 from proxy.pricing import format_picos
 from proxy.usage import Source
 
+_TRACEPARENT = istr("traceparent")
 #: nginx's code for "the caller closed the connection"; only in logs and metrics, never on the wire.
 _CLIENT_CLOSED = 499
 
 
-@web.middleware
-async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
-    ctx = request[CONTEXT]
+def begin(ctx: Context) -> None:
+    ctx.core.metrics.requests_in_flight.add((ctx.route,), 1)
+    ctx.core.running.add(ctx)
+
+
+def answered(ctx: Context, response: web.StreamResponse) -> None:
+    """What nobody below has said about the answer."""
+    if ctx.status == 0:
+        ctx.status = response.status
+    if ctx.reason is None:
+        ctx.reason = Reason.COMPLETE
+
+
+def end(ctx: Context, request: web.Request) -> None:
+    """However it ended."""
     core = ctx.core
-    core.metrics.requests_in_flight.add((ctx.route,), 1)
-    core.running.add(ctx)
-    try:
-        response = await handler(request)
-        if ctx.status == 0:
-            ctx.status = response.status
-        if ctx.reason is None:
-            ctx.reason = Reason.COMPLETE
-        return response
-    except asyncio.CancelledError:
-        ctx.reason = ctx.reason or Reason.CLIENT_GONE
-        raise
-    except ConnectionError:
-        ctx.reason = ctx.reason or Reason.CLIENT_GONE  # a write to a connection that has just closed
-        raise
-    finally:
-        ctx.end(monotonic())
-        if not core.ended:
-            asyncio.get_running_loop().call_soon(_settle_all, core)
-        core.ended.append(request)
+    ctx.end(monotonic())
+    if not core.ended:
+        asyncio.get_running_loop().call_soon(_settle_all, core)
+    core.ended.append(request)
 
 
 def _settle_all(core: Core) -> None:
@@ -127,7 +124,7 @@ def _line(request: web.Request, ctx: Context, outcome: Outcome, wall_offset_s: f
         cost_usd=None if ctx.cost_picos is None else format_picos(ctx.cost_picos),
         client_ip=ctx.client_ip,
         error=ctx.error_code,
-        trace_id=headers.trace_id(request.headers.get("traceparent")),
+        trace_id=headers.trace_id(request.headers.get(_TRACEPARENT)),
     )
 
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from time import monotonic
 
-from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp import hdrs, web
+from multidict import istr
 
 from proxy import endpoints, headers
 from proxy.context import CONTEXT, CORE, Context
 
+#: A field whose name is an `istr` is found without lowering the name first.
+_OFFERED = istr("x-request-id")
 
-@web.middleware
-async def request_id(request: web.Request, handler: Handler) -> web.StreamResponse:
+
+def begin(request: web.Request) -> Context:
     """Accepts a harmless id of the caller's, else mints one; sent back by `server.Server._on_prepare`."""
-    now = monotonic()
-    chosen = headers.request_id(request.headers.get("x-request-id"))
+    now, fields = monotonic(), request.headers
     path = request.raw_path.partition("?")[0]
+    chosen = headers.request_id(fields.get(_OFFERED))
     ctx = Context(chosen, endpoints.match(request.method, path), path, now)
     ctx.core = core = request.app[CORE]
     ctx.client_ip = headers.client_ip(
-        request.remote or None, request.headers.getall("x-forwarded-for", ()), core.config.trusted_networks
+        request.remote or None, fields.getall(hdrs.X_FORWARDED_FOR, ()), core.config.trusted_networks
     )
     request[CONTEXT] = ctx
-    return await handler(request)
+    return ctx

@@ -6,15 +6,12 @@ streams nobody is to be protected, and turns that are cut short cost a tenth of 
 
 from __future__ import annotations
 
-from aiohttp import web
-from aiohttp.typedefs import Handler
+from typing import TYPE_CHECKING
 
-from proxy.context import CONTEXT
+if TYPE_CHECKING:
+    from proxy.core import Core
 
 
-@web.middleware
-async def turn(request: web.Request, handler: Handler) -> web.StreamResponse:
-    core = request[CONTEXT].core
-    if any(core.metrics.streams_active.values.values()):
-        await core.turnstile.enter()
-    return await handler(request)
+def must_wait(core: Core) -> bool:
+    """Then at `core.turnstile`."""
+    return any(core.metrics.streams_active.values.values())
