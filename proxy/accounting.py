@@ -39,7 +39,7 @@ _NOTHING = Usage(source=Source.ESTIMATED)
 #: Rows are told apart by a random process and their number in it: random bytes for each cost 12 us.
 _COUNTED_BYTES = 4
 _COUNTED = 256**_COUNTED_BYTES
-_PROCESS = os.urandom(UNIQUE_BYTES - _COUNTED_BYTES).hex()
+_PROCESS = int.from_bytes(os.urandom(UNIQUE_BYTES - _COUNTED_BYTES), "big") * _COUNTED
 _numbers = itertools.count()
 #: Before the first byte of an answer.
 _ENDED_BY_UPSTREAM = (Reason.UPSTREAM_ERROR, Reason.UPSTREAM_CUT)
@@ -127,26 +127,27 @@ def row_of(ctx: Context, outcome: Outcome, wall_offset_s: float) -> Row:
     """The ledger's row of a request that has ended. wall_offset_s: from its clock to the wall's."""
     principal, usage = ctx.principal, ctx.usage or UNKNOWN
     started_at = ctx.started_at + wall_offset_s
+    # By position, in the order of the fields: by name, msgspec took 1.0 us instead of 0.1.
     return Row(
-        id=row_id(started_at, f"{_PROCESS}{next(_numbers) % _COUNTED:0{2 * _COUNTED_BYTES}x}"),
-        started_at=started_at,
-        ended_at=ctx.ended_at + wall_offset_s,
-        request_id=ctx.request_id,
-        key_id="" if principal is None else principal.key_id,
-        caller="" if principal is None else principal.name,
-        plan="" if principal is None else principal.plan,
-        route=ctx.route,
-        model=outcome.model,
-        upstream=outcome.upstream,
-        status=ctx.status,
-        reason=outcome.reason,
-        attempts=ctx.attempts,
-        stream=ctx.streaming,
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        completion_tokens=usage.completion_tokens,
-        reasoning_tokens=usage.reasoning_tokens,
-        usage_source=usage.source._value_,  # `value` is a property in Python
-        cost_picos=storable(ctx.cost_picos),
-        list_cost_picos=storable(ctx.list_cost_picos),
+        row_id(started_at, _PROCESS + next(_numbers) % _COUNTED),
+        started_at,
+        ctx.ended_at + wall_offset_s,
+        ctx.request_id,
+        "" if principal is None else principal.key_id,
+        "" if principal is None else principal.name,
+        "" if principal is None else principal.plan,
+        ctx.route,
+        outcome.model,
+        outcome.upstream,
+        ctx.status,
+        outcome.reason,
+        ctx.attempts,
+        ctx.streaming,
+        usage.prompt_tokens,
+        usage.cached_tokens,
+        usage.completion_tokens,
+        usage.reasoning_tokens,
+        usage.source._value_,  # `value` is a property in Python
+        storable(ctx.cost_picos),
+        storable(ctx.list_cost_picos),
     )

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import msgspec
 
-#: Milliseconds take 12 digits until the year 10889; 10 unique bytes the other 20.
-_TIME_DIGITS = 12
+#: Milliseconds take 6 bytes until the year 10889.
+_BYTES = 16
 UNIQUE_BYTES = 10
 #: What a column of SQLite holds: 9.2 million USD in picodollars. More for one request is no cost.
 MOST = 2**63 - 1
@@ -86,15 +86,16 @@ class RowSink(Protocol):
         LedgerFailed if the file cannot be read now."""
 
 
-def row_id(started_at: float, unique: str) -> str:
-    """The id of a row. unique: `UNIQUE_BYTES`, as hex digits."""
-    return f"{max(0, int(started_at * 1000)):0{_TIME_DIGITS}x}{unique}"
+def row_id(started_at: float, unique: int) -> str:
+    """The id of a row. unique: a number of `UNIQUE_BYTES`."""
+    # `hex` of bytes: a format of two numbers took four times as long, 0.9 us.
+    return (max(0, int(started_at * 1000)) << 8 * UNIQUE_BYTES | unique).to_bytes(_BYTES, "big").hex()
 
 
 def first_id(moment: float) -> str:
     """No row that started at `moment` (exact to a millisecond) or later has a lesser id, and no earlier one
     a greater."""
-    return row_id(moment, "")
+    return row_id(moment, 0)
 
 
 def storable(picos: int | None) -> int | None:

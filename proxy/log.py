@@ -34,22 +34,22 @@ Fields = MutableMapping[str, Any]
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
-class RequestLine(msgspec.Struct, kw_only=True, gc=False):
+class RequestLine(msgspec.Struct, gc=False):
     """One request (contract section 8). Times are milliseconds; null means that the phase was not reached."""
 
     ts: str
     level: str = "info"
     event: str = "request"
-    request_id: str
+    request_id: str = ""
     key_id: str | None = None
     plan: str | None = None
-    method: str
-    route: str
+    method: str = ""
+    route: str = ""
     model: str | None = None
     upstream: str | None = None
     attempts: int = 0
-    status: int
-    reason: str
+    status: int = 0
+    reason: str = ""
     queue_ms: float | None = None
     ttfb_ms: float | None = None
     ttft_ms: float | None = None
@@ -61,7 +61,7 @@ class RequestLine(msgspec.Struct, kw_only=True, gc=False):
     completion_tokens: int | None = None
     usage_source: str | None = None
     cost_usd: str | None = None
-    client_ip: str
+    client_ip: str = ""
     error: str | None = None  # our error code, if we made the answer
     trace_id: str | None = None  # of the caller's traceparent
 
@@ -227,7 +227,7 @@ def timestamp(now: float | None = None) -> str:
     second = int(moment)
     if second != _stamped[0]:
         _stamped = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
-    return f"{_stamped[1]}.{int((moment - second) * 1000):03d}Z"
+    return f"{_stamped[1]}.{str(int((moment - second) * 1000)).zfill(3)}Z"  # `:03d` takes twice as long
 
 
 def _add_timestamp(_logger: Any, _name: str, fields: Fields) -> Mapping[str, Any]:

@@ -56,7 +56,7 @@ def usd(picos: int) -> Decimal:
 
 def format_picos(picos: int) -> str:
     """The same of picodollars, without a Decimal: a third of the time, for the log."""
-    digits = f"{picos:013d}"
+    digits = str(picos).zfill(13)  # a format takes twice as long
     return f"{digits[:-12]}.{digits[-12:].rstrip('0').ljust(2, '0')}"
 
 

@@ -149,7 +149,7 @@ MOMENTS = st.integers(0, 4_000_000_000_000).map(lambda ms: ms / 1000)
 @given(MOMENTS, st.floats(0, 4e9), st.binary(min_size=UNIQUE_BYTES, max_size=UNIQUE_BYTES))
 def test_an_id_knows_when(moment: float, started_at: float, random: bytes) -> None:
     """A range of time is a range of ids, exactly to the millisecond."""
-    found = row_id(started_at, random.hex())
+    found = row_id(started_at, int.from_bytes(random, "big"))
     assert len(found) == 32
     assert (found >= first_id(moment)) == (int(started_at * 1000) >= int(moment * 1000))
 

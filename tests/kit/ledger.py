@@ -21,7 +21,7 @@ def row(started_at: float | None = None, **fields: Any) -> Row:
     """A finished request for 10 + 5 tokens; fields override."""
     at = time.time() if started_at is None else started_at
     values = {
-        "id": row_id(at, os.urandom(UNIQUE_BYTES).hex()),
+        "id": row_id(at, int.from_bytes(os.urandom(UNIQUE_BYTES), "big")),
         "started_at": at,
         "ended_at": at + 0.5,
         "request_id": f"req_{next(_numbers)}",

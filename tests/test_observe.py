@@ -1,0 +1,119 @@
+"""What is recorded of a request: every value under the name that it has."""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp.test_utils import make_mocked_request
+
+from proxy import endpoints
+from proxy.accounting import row_of
+from proxy.context import Context
+from proxy.errors import Reason
+from proxy.identity import Principal
+from proxy.metrics import Metrics
+from proxy.middleware import observe
+from proxy.usage import Source, Usage
+
+_PATH = "/v1/chat/completions"
+_TRACE = "0af7651916cd43dd8448eb211c80319c"
+_WALL_OFFSET_S = 1_700_000_000.0
+
+
+def ended() -> Context:
+    """No two of its values are the same."""
+    ctx = Context("req-1", endpoints.match("POST", _PATH), _PATH, 1.0)
+    ctx.principal = Principal(name="key:k", key_id="k", plan="pro")
+    ctx.model, ctx.upstream, ctx.attempts, ctx.status = "m", "up", 3, 200
+    ctx.queue_s, ctx.first_byte_at, ctx.first_token_at, ctx.ended_at = 0.25, 1.5, 1.75, 3.0000004
+    ctx.chunks, ctx.bytes_in, ctx.bytes_out, ctx.streaming = 17, 18, 19, True
+    ctx.usage = Usage(20, 21, 22, 23, Source.REPORTED)
+    ctx.cost_picos, ctx.list_cost_picos = 24_500_000_000_000, 25
+    ctx.client_ip, ctx.error_code = "192.0.2.1", "a_code"
+    return ctx
+
+
+async def test_a_line() -> None:
+    ctx = ended()
+    outcome = Metrics("").outcome(ctx.route, ctx.model, ctx.upstream, ctx.status, Reason.COMPLETE)
+    request = make_mocked_request("POST", _PATH, headers={"traceparent": f"00-{_TRACE}-b7ad6b7169203331-01"})
+    line = msgspec.to_builtins(observe._line(request, ctx, outcome, _WALL_OFFSET_S))
+    assert line == {
+        "ts": "2023-11-14T22:13:23.000Z",
+        "level": "info",
+        "event": "request",
+        "request_id": "req-1",
+        "key_id": "k",
+        "plan": "pro",
+        "method": "POST",
+        "route": _PATH,
+        "model": "m",
+        "upstream": "up",
+        "attempts": 3,
+        "status": 200,
+        "reason": "complete",
+        "queue_ms": 250.0,
+        "ttfb_ms": 500.0,
+        "ttft_ms": 750.0,
+        "duration_ms": 2000.0,
+        "chunks": 17,
+        "bytes_in": 18,
+        "bytes_out": 19,
+        "prompt_tokens": 20,
+        "completion_tokens": 22,
+        "usage_source": "reported",
+        "cost_usd": "24.50",
+        "client_ip": "192.0.2.1",
+        "error": "a_code",
+        "trace_id": _TRACE,
+    }
+
+
+async def test_a_row() -> None:
+    ctx = ended()
+    outcome = Metrics("").outcome(ctx.route, ctx.model, ctx.upstream, ctx.status, Reason.COMPLETE)
+    row = msgspec.structs.asdict(row_of(ctx, outcome, _WALL_OFFSET_S))
+    assert row.pop("id").startswith(f"{1_700_000_001_000:012x}")
+    assert row == {
+        "started_at": 1_700_000_001.0,
+        "ended_at": 3.0000004 + _WALL_OFFSET_S,
+        "request_id": "req-1",
+        "key_id": "k",
+        "caller": "key:k",
+        "plan": "pro",
+        "route": _PATH,
+        "model": "m",
+        "upstream": "up",
+        "status": 200,
+        "reason": "complete",
+        "attempts": 3,
+        "stream": True,
+        "prompt_tokens": 20,
+        "cached_tokens": 21,
+        "completion_tokens": 22,
+        "reasoning_tokens": 23,
+        "usage_source": "reported",
+        "cost_picos": 24_500_000_000_000,
+        "list_cost_picos": 25,
+    }
+
+
+async def test_series_begin_when_something_is_counted() -> None:
+    """Not when an outcome is first seen; and two outcomes of one model share its counters."""
+    metrics = Metrics("")
+    before = metrics.snapshot()
+    one = metrics.outcome(_PATH, "m", "up", 200, Reason.COMPLETE)
+    other = metrics.outcome(_PATH, "m", "up", 200, Reason.CLIENT_GONE)
+    assert metrics.outcome(_PATH, "m", "up", 200, Reason.COMPLETE) is one
+    assert one is not other
+    assert metrics.snapshot() == before
+    ctx = ended()
+    row = row_of(ctx, one, _WALL_OFFSET_S)
+    one.spend(row)
+    other.spend(row)
+    assert metrics.tokens.values == {
+        ("m", "prompt"): 40,
+        ("m", "cached"): 42,
+        ("m", "completion"): 44,
+        ("m", "reasoning"): 46,
+    }
+    assert metrics.cost_usd.values == {("m",): 49.0}
