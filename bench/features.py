@@ -219,7 +219,7 @@ async def prices_of_records(settings: config.Config, folder: Path, times: int) -
         ctx = request[CONTEXT]
 
         async def one() -> None:
-            observe.begin(ctx)
+            core.running.add(ctx)
             observe.answered(ctx, _ANSWER)
             observe.end(ctx, request)
             await asyncio.sleep(0)  # it is settled in the next turn

@@ -153,6 +153,7 @@ class Outcome:
         "model",
         "reason",
         "requests",
+        "to_route",
         "to_upstream",
         "upstream",
     )
@@ -162,6 +163,7 @@ class Outcome:
         route, self.model, self.upstream, _, self.reason = self.requests = labels
         self.duration = (route, self.upstream)
         self.first_token = (self.model, self.upstream)
+        self.to_route = (route,)
         self.to_upstream = (self.upstream,)
         self._kinds = tuple([(self.model, kind) for kind in ("prompt", "cached", "completion", "reasoning")])
         self._cost = (self.model,)
@@ -297,6 +299,13 @@ class Metrics:
             labels = (route, model or "none", upstream or "none", str(status), reason.value)
             found = self._outcomes[key] = Outcome(self, labels)
         return found
+
+    def show_in_flight(self, routes: Iterable[str]) -> None:
+        """routes: of the requests that run now. A route that was ever asked for is shown, with 0."""
+        levels = self.requests_in_flight.values
+        levels.update(dict.fromkeys([*levels, *[each.to_route for each in self._outcomes.values()]], 0))
+        for route in routes:
+            self.requests_in_flight.add((route,))
 
     def show_ledger(self, ledger: RowSink) -> None:
         """The figures of the way that rows take from here."""

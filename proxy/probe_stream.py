@@ -49,7 +49,7 @@ async def answer(request: web.Request) -> web.StreamResponse:
     """The route. Raises BadRequest, Overloaded."""
     core, ctx = request.app[CORE], request[CONTEXT]
     rhythm = _rhythm(request)
-    if rhythm != _ONE_EVENT and core.metrics.requests_in_flight.values[(ctx.route,)] > _AT_ONCE:
+    if rhythm != _ONE_EVENT and sum(each.route == ctx.route for each in core.running) > _AT_ONCE:
         raise Overloaded
     response = web.StreamResponse(headers={**_FIELDS, "x-headrace-probe": "1"})
     await response.prepare(request)

@@ -205,6 +205,7 @@ class Server:
         """All metrics as plain data; levels that nobody has to keep up to date are read now."""
         metrics = self.metrics
         self._show_upstreams()
+        metrics.show_in_flight(ctx.route for ctx in self.core.running)
         metrics.log_dropped.values[()] = self._sink.dropped
         metrics.show_ledger(self.core.ledger)
         metrics.workers.set((), 1)

@@ -23,12 +23,13 @@ from proxy.middleware.limits import limits
 async def entrance(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Below here one just raises."""
     ctx = request_id.begin(request)
-    observe.begin(ctx)
+    core = ctx.core
+    core.running.add(ctx)
     response: web.StreamResponse
     try:
         try:
-            if turn.must_wait(ctx.core):
-                await ctx.core.turnstile.enter()
+            if turn.must_wait(core):
+                await core.turnstile.enter()
             guard.check(request, ctx)
             response = await handler(request)
         except BaseException as error:

@@ -1,6 +1,6 @@
-"""The one place that measures: counts a request in, and at its end writes its metrics and its log line.
+"""The one place that measures: at a request's end, its metrics, its row and its log line.
 
-Between `begin` and `end` lies the whole stream, because a handler of aiohttp returns after the last byte.
+Before `end` lies the whole stream, because a handler of aiohttp returns after the last byte.
 """
 
 from __future__ import annotations
@@ -25,11 +25,6 @@ from proxy.usage import Source
 _TRACEPARENT = istr("traceparent")
 #: nginx's code for "the caller closed the connection"; only in logs and metrics, never on the wire.
 _CLIENT_CLOSED = 499
-
-
-def begin(ctx: Context) -> None:
-    ctx.core.metrics.requests_in_flight.add((ctx.route,), 1)
-    ctx.core.running.add(ctx)
 
 
 def answered(ctx: Context, response: web.StreamResponse) -> None:
@@ -58,7 +53,6 @@ def _settle_all(core: Core) -> None:
     for request in ended:
         ctx = request[CONTEXT]
         core.running.discard(ctx)
-        core.metrics.requests_in_flight.add((ctx.route,), -1)
         try:
             _settle(core, ctx, request, wall_offset_s)
         except Exception as error:  # the others' lines do not depend on it
