@@ -39,6 +39,9 @@ class Phase(StrEnum):
     ANSWER = "answer"
 
 
+_BODY = Phase.BODY  # a look into an Enum takes Python 3.11 0.1 us
+
+
 def _dialect_of(path: str) -> Dialect:
     """Of a path that is not served: whose SDK asks there?"""
     return Dialect.ANTHROPIC if path.startswith(("/v1/messages", "/messages")) else Dialect.OPENAI
@@ -99,7 +102,7 @@ class Context:
         self.started_at = started_at
         self.ended_at = started_at
         self.task = asyncio.current_task()
-        self.phase = Phase.BODY
+        self.phase = _BODY
         self.principal: Principal | None = None  # who asks; None in open mode
         self.allowance: dict[str, Decision] = {}  # of the caller's own plan, by unit: requests, tokens
         self.model: str | None = None  # as configured: a label

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PICOS_PER_USD = 10**12
 PICOS_PER_NANO = 1000
+_UNKNOWN = Source.UNKNOWN  # a look into an Enum takes Python 3.11 0.1 us
 
 
 def cost_usd(usage: Usage, price: Price | None) -> Decimal | None:
@@ -38,7 +39,7 @@ def nanos(picos: int) -> int:
 
 def cost_picos(usage: Usage, price: Price | None) -> int | None:
     """Picodollars, exact: the ledger's unit."""
-    if price is None or usage.source is Source.UNKNOWN:
+    if price is None or usage.source is _UNKNOWN:
         return None
     prompt, cached, answer = price.picos
     return (

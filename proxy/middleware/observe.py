@@ -22,6 +22,8 @@ from proxy.metrics import Metrics, Outcome
 from proxy.pricing import format_picos
 from proxy.usage import Source
 
+# A look into an Enum takes Python 3.11 0.1 us.
+_UNKNOWN, _COMPLETE, _CLIENT_GONE = Source.UNKNOWN, Reason.COMPLETE, Reason.CLIENT_GONE
 _TRACEPARENT = istr("traceparent")
 #: nginx's code for "the caller closed the connection"; only in logs and metrics, never on the wire.
 _CLIENT_CLOSED = 499
@@ -32,7 +34,7 @@ def answered(ctx: Context, response: web.StreamResponse) -> None:
     if ctx.status == 0:
         ctx.status = response.status
     if ctx.reason is None:
-        ctx.reason = Reason.COMPLETE
+        ctx.reason = _COMPLETE
 
 
 def end(ctx: Context, request: web.Request) -> None:
@@ -63,7 +65,7 @@ def _settle_all(core: Core) -> None:
 
 def _settle(core: Core, ctx: Context, request: web.Request, wall_offset_s: float) -> None:
     reason = ctx.reason or Reason.INTERNAL_ERROR
-    if reason is Reason.CLIENT_GONE:
+    if reason is _CLIENT_GONE:
         ctx.status = ctx.status or _CLIENT_CLOSED
         core.metrics.client_disconnects.add((ctx.phase.value,))
     outcome = core.metrics.outcome(ctx.route, ctx.model, ctx.upstream, ctx.status, reason)
@@ -71,7 +73,7 @@ def _settle(core: Core, ctx: Context, request: web.Request, wall_offset_s: float
     if ctx.reached_upstream:
         row = row_of(ctx, outcome, wall_offset_s)
         core.ledger.add(row)
-        if ctx.usage is not None and ctx.usage.source is not Source.UNKNOWN:
+        if ctx.usage is not None and ctx.usage.source is not _UNKNOWN:
             outcome.spend(row)
     if core.request_log.enabled:
         core.request_log.write(_line(request, ctx, outcome, wall_offset_s))
@@ -92,7 +94,7 @@ def _count(metrics: Metrics, outcome: Outcome, ctx: Context) -> None:
 
 def _line(request: web.Request, ctx: Context, outcome: Outcome, wall_offset_s: float) -> RequestLine:
     principal, usage, started_at = ctx.principal, ctx.usage, ctx.started_at
-    known = None if usage is None or usage.source is Source.UNKNOWN else usage
+    known = None if usage is None or usage.source is _UNKNOWN else usage
     # By position, in the order of the fields: by name, msgspec took 1.4 us instead of 0.25.
     return RequestLine(
         timestamp(ctx.ended_at + wall_offset_s),
