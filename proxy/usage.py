@@ -60,6 +60,10 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 UNKNOWN = Usage()
+#: By these names: a member that is looked up in its class costs 0.1 us (Python 3.11), a global a twentieth.
+_REPORTED = Source.REPORTED
+_ANTHROPIC = Dialect.ANTHROPIC
+_RESPONSES = Dialect.RESPONSES
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -99,10 +103,10 @@ class Report(msgspec.Struct, frozen=True):
 
     def usage(self) -> Usage | None:
         """None unless both sides are known: the first half of a stream's report is no report."""
-        prompt = self.prompt
-        if prompt is None or self.completion is None:
+        prompt, completion = self.prompt, self.completion
+        if prompt is None or completion is None:
             return None
-        return Usage(prompt, self.cached or 0, self.completion, self.reasoning or 0, Source.REPORTED)
+        return Usage(prompt, self.cached or 0, completion, self.reasoning or 0, _REPORTED)
 
 
 # ── what upstreams send ──────────────────────────────────────────────────────────────────────────────────
@@ -125,9 +129,7 @@ class Counts(msgspec.Struct):
     cache_creation_input_tokens: Any = None
 
     def report(self, dialect: Dialect) -> Report | None:
-        if dialect is Dialect.ANTHROPIC:
-            return self._split()
-        return self._inclusive()
+        return self._split() if dialect is _ANTHROPIC else self._inclusive()
 
     def _split(self) -> Report:
         """Anthropic: input_tokens leaves out what was read from or written to the cache."""
@@ -144,18 +146,24 @@ class Counts(msgspec.Struct):
         if sides is None:
             return None
         prompt, completion = sides
-        cached = min(self._cached() or 0, prompt)
-        reasoning = _detail(self.completion_tokens_details or self.output_tokens_details, "reasoning_tokens")
+        cached = self._cached() or 0
+        if cached > prompt:
+            cached = prompt
+        details = self.completion_tokens_details or self.output_tokens_details
+        reasoning = None if details is None else _detail(details, "reasoning_tokens")
         beside = (_count(self.total_tokens) or 0) - prompt - completion
         if beside > 0 and reasoning in (None, beside):
             # xAI (docs.x.ai) and Gemini count reasoning beside the completion, Gemini's compatible endpoint
             # in the total alone (new-api issue 1014); it is billed as output.
             reasoning = beside
             completion += beside
-        return Report(prompt - cached, cached, 0, completion, min(reasoning or 0, completion))
+        if reasoning is None or reasoning > completion:
+            reasoning = completion if reasoning else 0
+        return Report(prompt - cached, cached, 0, completion, reasoning)
 
     def _cached(self) -> int | None:
-        hit = _detail(self.prompt_tokens_details or self.input_tokens_details, "cached_tokens")
+        details = self.prompt_tokens_details or self.input_tokens_details
+        hit = None if details is None else _detail(details, "cached_tokens")
         return _count(self.prompt_cache_hit_tokens) if hit is None else hit
 
     def _sides(self) -> tuple[int, int] | None:
@@ -308,12 +316,12 @@ def _rest_of_event(tail: bytes | bytearray, at: int) -> bytes | bytearray:
 def _decoded(dialect: Dialect, rest: bytes | bytearray, *, streamed: bool) -> Report | None:
     """`rest` begins with the key, and has to end where the objects around it end."""
     try:
-        if streamed and dialect is Dialect.RESPONSES:
+        if streamed and dialect is _RESPONSES:
             counts = _response.decode(b'{"response":{' + rest).response.usage
         else:
             counts = _inner.decode(b"{" + rest).usage
     except _MALFORMED:
-        return _opening(rest) if streamed and dialect is Dialect.ANTHROPIC else None
+        return _opening(rest) if streamed and dialect is _ANTHROPIC else None
     return counts.report(dialect) if counts is not None else None
 
 
@@ -326,7 +334,7 @@ def _opening(rest: bytes | bytearray) -> Report | None:
     if counts is None:
         return None
     counts.output_tokens = None
-    return counts.report(Dialect.ANTHROPIC)
+    return counts.report(_ANTHROPIC)
 
 
 # ── when nothing was reported ────────────────────────────────────────────────────────────────────────────
