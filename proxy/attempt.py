@@ -6,14 +6,13 @@ Every try ends in `close`, which reports once: to the breaker, to the metrics, t
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from proxy import answers, retry
-from proxy.breaker import Outcome, Pass, outcome_of_error, outcome_of_status
+from proxy.breaker import Outcome, outcome_of_error, outcome_of_status
 from proxy.errors import Reason, UpstreamCut, UpstreamFailed, UpstreamRefusedUs
 from proxy.headers import RawHeaders, value_of
 from proxy.peek import with_model
@@ -29,6 +28,16 @@ if TYPE_CHECKING:
 
 #: Attempts whose caller has gone are no verdict on the upstream.
 _CANCELLED = "cancelled"
+#: What else an attempt comes to whose answer went to the caller, by how the request ended.
+_RESULTS = {
+    Reason.UPSTREAM_STALL: "timeout",
+    Reason.DEADLINE: "timeout",
+    Reason.UPSTREAM_CUT: "reset",
+    Reason.UPSTREAM_ERROR: "status",  # an error that calls itself a success
+    Reason.CLIENT_GONE: _CANCELLED,
+}
+#: The ends that are the upstream's failure.
+_BREAKS = frozenset({Reason.UPSTREAM_STALL, Reason.UPSTREAM_CUT})
 
 
 class Job(msgspec.Struct, kw_only=True):
@@ -95,37 +104,31 @@ class Attempt:
         "upstream",
     )
 
-    def __init__(self, job: Job, target: Target, metrics: Metrics, *, fresh: bool) -> None:
+    def __init__(self, job: Job, target: Target, metrics: Metrics, now: float, *, fresh: bool) -> None:
         self.target = target
         self.upstream = upstream = target.upstream
-        self._leave: Pass | None = None
         self._metrics = metrics
         self._result = _CANCELLED
         self._unjudged = True
-        self._open = False
-        self._key = upstream.take_key(monotonic())
+        self._key = upstream.take_key(now)
         body = job.body_for(target)
         self.exchange = upstream.exchange(job.method, job.path, job.fields, body, self._key)
         self.exchange.fresh = fresh
+        self._leave = leave = upstream.breaker.admit(now)
+        self._open = leave is not None
+        if leave is not None:
+            upstream.in_flight += 1
 
+    @property
     def admitted(self) -> bool:
         """Whether its breaker lets it pass. If so, `close` is owed."""
-        self._leave = self.upstream.breaker.admit(monotonic())
-        if self._leave is None:
-            return False
-        self._open = True
-        self.upstream.in_flight += 1
-        return True
+        return self._open
 
     # ── the answer's beginning ───────────────────────────────────────────────────────────────────────────
 
-    async def refuse(self, statuses: Sequence[int], until: float) -> None:
-        """Raises UpstreamRefusedUs and UpstreamInvalid for what is never passed on; Answered, with the whole
-        answer, if its status may be tried again and it is small."""
+    async def refuse(self, until: float) -> None:
+        """Its status may be tried again: raises Answered, with the whole answer, if that is small."""
         exchange = self.exchange
-        answers.refuse_unusable(exchange.status)
-        if exchange.status not in statuses:
-            return
         if not await exchange.hold(HELD_LIMIT, min(monotonic() + self.upstream.timeouts.idle, until)):
             return
         _, end = exchange.look()
@@ -151,20 +154,14 @@ class Attempt:
         if not self._has_error_status:
             self._record(outcome_of_error(error))
 
-    def delivered(self, reason: Reason | None) -> None:
-        """Its answer went to the caller, as far as it went."""
+    def delivered(self, reason: Reason) -> None:
+        """Its answer went to the caller, as far as it went; reason: how the request ended."""
         status = self.exchange.status
         if status >= 500 or status == 429:
             self._result = "status"
-        elif reason in (Reason.UPSTREAM_STALL, Reason.DEADLINE):
-            self._result = "timeout"
-        elif reason is Reason.UPSTREAM_CUT:
-            self._result = "reset"
-        elif reason is Reason.UPSTREAM_ERROR:
-            self._result = "status"  # an error that calls itself a success
         else:
-            self._result = _CANCELLED if reason is Reason.CLIENT_GONE else "ok"
-        if reason in (Reason.UPSTREAM_STALL, Reason.UPSTREAM_CUT) and not self._has_error_status:
+            self._result = _RESULTS.get(reason, "ok")
+        if reason in _BREAKS and not self._has_error_status:
             self._record(Outcome.FAILURE)
 
     @property

@@ -58,6 +58,11 @@ class Outcome(StrEnum):
     FAILURE = "failure"
 
 
+#: By these names: a member that is looked up in its class costs 0.1 us (Python 3.11), a global a twentieth.
+_CLOSED = State.CLOSED
+_OK, _FAILURE = Outcome.OK, Outcome.FAILURE
+
+
 class Event(StrEnum):
     """What moves a breaker: an outcome, or what it amounts to."""
 
@@ -133,7 +138,7 @@ class Breaker:
 
     def available(self, now: float) -> bool:
         """Whether `admit` would let a request pass. A look: it changes nothing."""
-        if self.state is State.CLOSED:
+        if self.state is _CLOSED:
             return True
         if self.state is State.OPEN:
             return now >= self._open_until
@@ -142,10 +147,10 @@ class Breaker:
     def admit(self, now: float) -> Pass | None:
         """Leave to make an attempt, or None. Whoever gets it owes `record` an outcome, however the attempt
         ends: a trial without one would keep everybody else out."""
+        if self.state is _CLOSED:
+            return self._pass
         if not self.available(now):
             return None
-        if self.state is State.CLOSED:
-            return self._pass
         if self.state is State.OPEN:
             self._move(Event.COOLED, now)
         self._trial = Pass()
@@ -157,11 +162,11 @@ class Breaker:
         the trial; a stream that is cut later is a failure on top of that."""
         if leave is self._trial:
             self._trial = None
-            if outcome is Outcome.OK:
+            if outcome is _OK:
                 self._pass = leave  # a stream that begins the closed period may still be cut in it
             self._move(Event(outcome), now)
-        elif leave is self._pass:
-            self._move(self._counted(outcome, now), now)
+        elif leave is self._pass and outcome is _FAILURE:  # nothing else means anything to a closed one
+            self._move(self._counted(now), now)
 
     def retry_after_s(self, now: float) -> float:
         """Seconds until a request may pass: 0 if one may now."""
@@ -169,9 +174,7 @@ class Breaker:
             return 0.0
         return _TRIAL_WAIT_S if self.state is State.HALF_OPEN else self._open_until - now
 
-    def _counted(self, outcome: Outcome, now: float) -> Event:
-        if outcome is not Outcome.FAILURE:
-            return Event(outcome)
+    def _counted(self, now: float) -> Event:
         failed_at = self._failed_at
         failed_at.append(now)  # drops the oldest: only the last `failures` can ever matter
         full = len(failed_at) == failed_at.maxlen and now - failed_at[0] <= self._settings.window
@@ -219,11 +222,11 @@ def soonest_s(breakers: Iterable[Breaker], now: float) -> float:
 def outcome_of_status(status: int, statuses: Container[int]) -> Outcome:
     """The outcome of an answer; `statuses` is the configuration's list of those that count as failures."""
     if status in statuses:
-        return Outcome.FAILURE
-    return Outcome.OK if status < 400 else Outcome.NEUTRAL
+        return _FAILURE
+    return _OK if status < 400 else Outcome.NEUTRAL
 
 
 def outcome_of_error(error: UpstreamFailed) -> Outcome:
     """The outcome of an attempt without an answer: connect failures, timeouts, breaks. What ends an attempt
     from our side (the caller leaves, a drain, a kill) is no UpstreamFailed, and neutral."""
-    return Outcome.NEUTRAL if isinstance(error, _NO_VERDICT) else Outcome.FAILURE
+    return Outcome.NEUTRAL if isinstance(error, _NO_VERDICT) else _FAILURE

@@ -302,6 +302,10 @@ class _Held(StrEnum):
     UNUSED = "unused"  # a retry whose attempt reached no upstream
 
 
+#: By these names: a member that is looked up in its class costs 0.1 us (Python 3.11), a global a twentieth.
+_NOTHING, _TRYING, _UNUSED = _Held.NOTHING, _Held.TRYING, _Held.UNUSED
+
+
 class Account:
     """One request's dealings with the budget: `take` before each attempt (and before its back-off),
     `give_back`
@@ -312,31 +316,32 @@ class Account:
     def __init__(self, budget: RetryBudget) -> None:
         self._budget = budget
         self._reached = False
-        self._held = _Held.NOTHING
+        self._held = _NOTHING
         self._open = True
 
     def take(self) -> bool:
         """Whether an attempt may be made. Always, as long as none has reached an upstream."""
-        if self._held is _Held.NOTHING and self._reached:
+        if self._held is _NOTHING and self._reached:
             if not self._budget._take():
                 return False
-            self._held = _Held.TRYING
-        elif self._held is _Held.UNUSED:
-            self._held = _Held.TRYING
+            self._held = _TRYING
+        elif self._held is _UNUSED:
+            self._held = _TRYING
         return True
 
     def give_back(self, *, reached: bool) -> None:
         """The attempt's verdict is known: the retry is no longer in flight, even if its answer streams on.
         `reached`: bytes of the request may have got to an upstream. If none have, the retry stays here for
         the next attempt. Cancelled before it was sent, in the back-off say, is not reached."""
-        self._reached = self._reached or reached
-        if self._held is not _Held.TRYING:
+        if reached:
+            self._reached = True
+        if self._held is not _TRYING:
             return
         if reached:
             self._budget._give_back(used=True)
-            self._held = _Held.NOTHING
+            self._held = _NOTHING
         else:
-            self._held = _Held.UNUSED
+            self._held = _UNUSED
 
     def close(self) -> None:
         """The request ends. An attempt without a verdict counts as one that reached. A second call does
@@ -344,7 +349,7 @@ class Account:
         if not self._open:
             return
         self._open = False
-        if self._held is not _Held.NOTHING:
-            self._budget._give_back(used=self._held is _Held.TRYING)
-            self._held = _Held.NOTHING
+        if self._held is not _NOTHING:
+            self._budget._give_back(used=self._held is _TRYING)
+            self._held = _NOTHING
         self._budget._close()

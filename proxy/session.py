@@ -54,12 +54,16 @@ class SessionExchange:
         self.status = 0
         self.reason = ""
         self.fields: RawHeaders = ()
-        self.framed = False
+        self._framed = False
 
-    async def send(self) -> None:
+    def send_now(self) -> bool:
         """Starts the request; aiohttp gives no sign between "sent" and "answered"."""
         self._took_at = monotonic()
         self._opening = spawn(self._try_open(), "upstream request")
+        return True
+
+    async def send(self) -> None:
+        self.send_now()
 
     @property
     def asked_at(self) -> float:
@@ -112,7 +116,7 @@ class SessionExchange:
             if closed is not None:
                 closed.add_done_callback(self._lost)
         chunked = (value_of(self.fields, b"transfer-encoding") or b"").lower() == b"chunked"
-        self.framed = chunked or value_of(self.fields, b"content-length") is not None
+        self._framed = chunked or value_of(self.fields, b"content-length") is not None
 
     def _lost(self, closed: asyncio.Future[None]) -> None:
         """aiohttp takes a reset for the end of a body without framing, and leaves a reader waiting for ever
@@ -151,7 +155,7 @@ class SessionExchange:
         self.last_at = monotonic()
         if not data:
             unframed = End.CUT if self._reset else End.CLOSED
-            self._end = End.FRAMED if self.framed else unframed
+            self._end = End.FRAMED if self._framed else unframed
         return data
 
     def look(self) -> tuple[bytes, End | None]:

@@ -39,11 +39,13 @@ class Exchange(Protocol):
     status: int
     reason: str
     fields: RawHeaders
-    framed: bool
 
     @property
     def asked_at(self) -> float:
         """Since when the upstream owes something: an answer, or to take more of an upload."""
+
+    def send_now(self) -> bool:
+        """`send` without waiting, where that is possible; False: nothing has been done."""
 
     async def send(self) -> None: ...
 
