@@ -61,18 +61,20 @@ Groups = tuple[tuple[Target, ...], ...]
 class in_use:
     """A reload closes none of them meanwhile: each may still be asked. (A generator costs 4 us a request.)"""
 
-    __slots__ = ("_upstreams",)
+    __slots__ = ("_groups",)
 
     def __init__(self, groups: Groups) -> None:
-        self._upstreams = [target.upstream for group in groups for target in group]
+        self._groups = groups
 
     def __enter__(self) -> None:
-        for upstream in self._upstreams:
-            upstream.users += 1
+        for group in self._groups:
+            for target in group:
+                target.upstream.users += 1
 
     def __exit__(self, *_: object) -> None:
-        for upstream in self._upstreams:
-            upstream.users -= 1
+        for group in self._groups:
+            for target in group:
+                target.upstream.users -= 1
 
 
 class Targets:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from proxy.pipe import Taker
 
 
+_WITHOUT_BODY = ("GET", "DELETE", "HEAD")
+
+
 class Exchange(Protocol):
     """One request and its answer. `close` is called exactly once, however it went."""
 
@@ -143,16 +146,16 @@ class Upstream:
     def exchange(self, method: str, path: str, fields: bytes, body: bytes | Source, key: int = 0) -> Exchange:
         """path: the caller's, with its query. fields: the caller's header lines that go along
         (`headers.to_upstream`). key: from `take_key`."""
-        lines = self._outgoing.lines(fields, key)
+        outgoing, length = self._outgoing, b""
         if not isinstance(body, bytes):
-            lines += framing(body.length)
-        elif body or method not in ("GET", "DELETE", "HEAD"):
-            lines += b"Content-Length: %d\r\n" % len(body)
+            length = framing(body.length)
+        elif body or method not in _WITHOUT_BODY:
+            length = framing(len(body))
         if self._session is None:
-            target = self._outgoing.target(path)
-            head = b"%b %b HTTP/1.1\r\n%b\r\n" % (method.encode(), target.encode(), lines)
+            head = b"%b%b%b\r\n" % (outgoing.opening(method, path, key), outgoing.passed(fields), length)
             return wire.WireExchange(self._pool, head, body)
-        return SessionExchange(self._session, method, self._outgoing.url(path), lines, body)
+        lines = outgoing.lines(fields, key) + length
+        return SessionExchange(self._session, method, outgoing.url(path), lines, body)
 
     def url(self, path: str) -> URL:
         """Where `path` is, as a whole, with the operator's query. It may hold a credential."""
