@@ -195,9 +195,12 @@ class Pool:
         self.connector._release(self._key, protocol, should_close=True)
 
     async def acquire(self, *, fresh: bool) -> WireConnection:
-        """An idle connection that is young enough, or a new one; `fresh`: only a new one. It is given back.
+        """An idle connection that is young enough, or a new one; `fresh`: only a new one, and what lies idle is
+        ended, for another one has just turned out to be dead. It is given back, or given up.
 
         Raises UpstreamConnectFailed: nothing was sent."""
+        if not fresh and (idle := self.take_idle()) is not None:
+            return idle
         while True:
             try:
                 connection = await self.connector.connect(self._template, [], self._timeout)
@@ -209,7 +212,7 @@ class Pool:
                 raise self._failed(error) from None
             protocol = connection.protocol
             assert isinstance(protocol, WireConnection)
-            if not protocol.used or not (fresh or self.too_old(protocol)):
+            if not protocol.used:
                 connection._protocol = None  # it is ours: aiohttp's loan would end it when nobody holds that
                 return protocol
             connection.close()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from aiohttp import BaseConnector
+from aiohttp.client_proto import ResponseHandler
 
 from proxy import pool
 from proxy.errors import UpstreamConnectFailed, UpstreamFailed, UpstreamStale, UpstreamUnreachable
@@ -445,6 +446,25 @@ async def test_without_the_private_names(push: bool, monkeypatch: pytest.MonkeyP
         exchange.close()
         up.in_flight = 2
         assert up.connections() == (2, 0)
+
+
+async def test_with_other_meanings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An aiohttp whose connector keeps idle connections elsewhere: the public way serves."""
+
+    def forgets(connector: BaseConnector, key: object, protocol: ResponseHandler, **_: object) -> None:
+        connector._acquired.discard(protocol)
+
+    monkeypatch.setattr(BaseConnector, "_release", forgets)
+    async with upstream("http://127.0.0.1:9", push=True) as up:
+        assert up._pool.trouble == "the connector lends differently"
+        assert not up.exchange("POST", "/x", b"", b"{}").pushes
+
+
+@pytest.mark.parametrize("keepalive", [0, 15])
+async def test_the_check_leaves_nothing(keepalive: int) -> None:
+    async with upstream("http://127.0.0.1:9", push=True, pool={"keepalive": keepalive}) as up:
+        assert up._pool.trouble is None
+        assert (up.connections(), dict(up._pool.connector._conns)) == ((0, 0), {})
 
 
 async def test_this_aiohttp_has_them() -> None:

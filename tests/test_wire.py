@@ -194,6 +194,21 @@ async def test_side_by_side(way: Way) -> None:
         assert it.upstream.connections == 10
 
 
+@both
+async def test_trailers_are_nobody_elses(way: Way) -> None:
+    """What follows an answer's last chunk is no field of the next one on its connection."""
+    trailers = STREAM.removesuffix(b"\r\n") + b"x-first: 1\r\nx-last: 2\r\n\r\n"
+
+    async def script(call: Call) -> None:
+        await call.send(trailers if len(it.upstream.calls) == 1 else STREAM)
+
+    async with lab(script, way) as it:
+        first, second = await complete(it, chat(), 2)
+        assert it.upstream.connections == 1
+        assert (first.body, second.body) == (A + DONE, A + DONE)
+        assert not second.headers.keys() & {"x-first", "x-last"}
+
+
 # ── pool.* ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
