@@ -90,15 +90,17 @@ class Answered(UpstreamFailed):
 
 class Attempt:
     """Everything that can fail is done before the breaker is asked: leave that nobody reports on would keep
-    everybody else out."""
+    everybody else out.
+
+    admitted: the breaker lets it pass, and `close` is owed."""
 
     __slots__ = (
         "_key",
         "_leave",
         "_metrics",
-        "_open",
         "_result",
         "_unjudged",
+        "admitted",
         "exchange",
         "target",
         "upstream",
@@ -113,16 +115,12 @@ class Attempt:
         self._key = upstream.take_key(now)
         body = job.body_for(target)
         self.exchange = upstream.exchange(job.method, job.path, job.fields, body, self._key)
-        self.exchange.fresh = fresh
-        self._leave = leave = upstream.breaker.admit(now)
-        self._open = leave is not None
-        if leave is not None:
+        if fresh:
+            self.exchange.fresh = True
+        self._leave = upstream.breaker.admit(now)
+        self.admitted = self._leave is not None
+        if self.admitted:
             upstream.in_flight += 1
-
-    @property
-    def admitted(self) -> bool:
-        """Whether its breaker lets it pass. If so, `close` is owed."""
-        return self._open
 
     # ── the answer's beginning ───────────────────────────────────────────────────────────────────────────
 
@@ -172,9 +170,9 @@ class Attempt:
 
     def close(self) -> None:
         """Ends the exchange, and gives everything back. A second call does nothing."""
-        if not self._open:
+        if not self.admitted:
             return
-        self._open = False
+        self.admitted = False
         self.exchange.close()
         self.upstream.in_flight -= 1
         if self._unjudged:

@@ -195,8 +195,8 @@ class Pool:
         self.connector._release(self._key, protocol, should_close=True)
 
     async def acquire(self, *, fresh: bool) -> WireConnection:
-        """An idle connection that is young enough, or a new one; `fresh`: only a new one, and what lies idle is
-        ended, for another one has just turned out to be dead. It is given back, or given up.
+        """An idle connection that is young enough, or a new one; `fresh`: only a new one, and what lies idle
+        is ended, for another one has just turned out to be dead. It is given back, or given up.
 
         Raises UpstreamConnectFailed: nothing was sent."""
         if not fresh and (idle := self.take_idle()) is not None:

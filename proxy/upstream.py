@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from proxy.pipe import Taker
 
 
+#: Above this, copying the body behind the head costs more than a second write.
+_JOIN_LIMIT = 65536
 _WITHOUT_BODY = ("GET", "DELETE", "HEAD")
 
 
@@ -152,8 +154,10 @@ class Upstream:
         elif body or method not in _WITHOUT_BODY:
             length = framing(len(body))
         if self._session is None:
-            head = b"%b%b%b\r\n" % (outgoing.opening(method, path, key), outgoing.passed(fields), length)
-            return wire.WireExchange(self._pool, head, body)
+            head = outgoing.opening(method, path, key), outgoing.passed(fields), length, b"\r\n"
+            if isinstance(body, bytes) and len(body) <= _JOIN_LIMIT:
+                return wire.WireExchange(self._pool, b"".join((*head, body)), b"")
+            return wire.WireExchange(self._pool, b"".join(head), body)
         lines = outgoing.lines(fields, key) + length
         return SessionExchange(self._session, method, outgoing.url(path), lines, body)
 

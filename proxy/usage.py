@@ -151,7 +151,8 @@ class Counts(msgspec.Struct):
             cached = prompt
         details = self.completion_tokens_details or self.output_tokens_details
         reasoning = None if details is None else _detail(details, "reasoning_tokens")
-        beside = (_count(self.total_tokens) or 0) - prompt - completion
+        total = self.total_tokens
+        beside = 0 if total == prompt + completion else (_count(total) or 0) - prompt - completion
         if beside > 0 and reasoning in (None, beside):
             # xAI (docs.x.ai) and Gemini count reasoning beside the completion, Gemini's compatible endpoint
             # in the total alone (new-api issue 1014); it is billed as output.

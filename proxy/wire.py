@@ -23,12 +23,12 @@ from proxy.wire_connection import End, Sink, WireConnection
 if TYPE_CHECKING:
     from proxy.pool import Pool
 
+#: uvloop's timers count whole milliseconds and may fire that much before their moment.
+_EARLY_S = 0.002
 #: Bytes of a body that may wait for somebody to take them before the upstream is paused.
 HELD_LIMIT = 65536
 #: By these names: a member that is looked up in its class costs 0.1 us (Python 3.11), a global a twentieth.
 _FRAMED, _CUT = End.FRAMED, End.CUT
-#: Above this, copying the body behind the head costs more than a second write.
-_JOIN_LIMIT = 65536
 
 
 class WireExchange:
@@ -44,6 +44,7 @@ class WireExchange:
         "_protocol",
         "_sender",
         "_sent_at",
+        "_until",
         "_waiter",
         "_wanted",
         "answered",
@@ -59,13 +60,13 @@ class WireExchange:
     )
 
     def __init__(self, pool: Pool, head: bytes, body: bytes | Source) -> None:
+        """head: what is sent first, a small body with it."""
         self._pool = pool
         self._head = head
         self._body = body
         self._protocol: WireConnection | None = None
         self._sender: Sender | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._wanted = 1
         self._end: End | None = None
         self._fault: Exception | None = None
         self.sink: Sink | None = None
@@ -101,16 +102,13 @@ class WireExchange:
         protocol.used = True
         protocol.begin(self)
         self._sent_at = monotonic()
-        head, body = self._head, self._body
+        transport.write(self._head)
+        body = self._body
         self._head = self._body = b""
         if not isinstance(body, bytes):
-            transport.write(head)
             self._sender = Sender(body, self)
             self._sender.start(transport, protocol.drained)
-        elif len(body) <= _JOIN_LIMIT:
-            transport.write(head + body)
-        else:
-            transport.write(head)
+        elif body:
             transport.write(body)
 
     @property
@@ -122,8 +120,14 @@ class WireExchange:
         """Waits until `size` bytes of the body are here, or its end; False if `until` (a moment of
         `time.monotonic`) came first. May be cancelled and called again."""
         if self._end is None and self._held() < size:
-            self._wanted = size
-            await self._wait(until)
+            self._wanted, self._until = size, until
+            assert self._protocol is not None
+            self._protocol.ring_at(until)
+            self._waiter = waiter = asyncio.get_running_loop().create_future()
+            try:
+                await waiter
+            finally:
+                self._waiter = None
             if self._end is None and self._held() < size:
                 return False
         if not self.answered:
@@ -138,17 +142,6 @@ class WireExchange:
         if self._fault is not None:
             return UpstreamInvalid()
         return UpstreamStale() if self.reused and not self.touched else UpstreamUnreachable()
-
-    async def _wait(self, until: float) -> None:
-        """A bare timer: asyncio.timeout costs 8 us more, once or twice a request."""
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(max(0.0, until - monotonic()), self._wake)
-        self._waiter = waiter = loop.create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-            timer.cancel()
 
     def look(self) -> tuple[bytes, End | None]:
         """The bytes that are here, and the end if it is known."""
@@ -203,6 +196,16 @@ class WireExchange:
 
     # ── called by the connection ─────────────────────────────────────────────────────────────────────────
 
+    def rang(self) -> None:
+        """The moment until which somebody waits may have come."""
+        if self._waiter is None:
+            return
+        if monotonic() < self._until - _EARLY_S:
+            assert self._protocol is not None
+            self._protocol.ring_at(self._until)
+        else:
+            self._wake()
+
     def took_head(self, message: Any) -> None:
         self.answered = True
         self.status = message.code
@@ -217,7 +220,7 @@ class WireExchange:
         held = self._held()
         if held >= HELD_LIMIT:
             protocol.pause_reading()
-        if held >= self._wanted:
+        if self._waiter is not None and held >= self._wanted:
             self._wake()
 
     def ended(self, how: End) -> None:

@@ -98,7 +98,18 @@ class WireConnection(ResponseHandler):
     nothing else, so it stands between two, and another read which is exactly one need not go through it.
     """
 
-    __slots__ = ("between", "complete", "exchange", "made_at", "marks", "pieces", "served", "used")
+    __slots__ = (
+        "_alarm",
+        "_alarm_at",
+        "between",
+        "complete",
+        "exchange",
+        "made_at",
+        "marks",
+        "pieces",
+        "served",
+        "used",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
@@ -110,6 +121,8 @@ class WireConnection(ResponseHandler):
         self.complete = False
         self.marks = ""
         self.between = False
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_at = 0.0
 
     def begin(self, exchange: WireExchange) -> None:
         """A parser for each answer (0.5 us): one that goes on would tell the last trailer of a chunked answer
@@ -136,6 +149,22 @@ class WireConnection(ResponseHandler):
         self.pieces.clear()
         transport = self.transport
         return not self._should_close and transport is not None and not transport.get_write_buffer_size()
+
+    def ring_at(self, moment: float) -> None:
+        """Then, or before, the exchange is told to look at the time (`time.monotonic`). A timer that is there
+        already stays if it is early enough, for this exchange and for those that follow: nearly all end long
+        before, and one that is made and cancelled for each costs 1 us."""
+        if self._alarm is not None:
+            if self._alarm_at <= moment:
+                return
+            self._alarm.cancel()
+        self._alarm_at = moment
+        self._alarm = self._loop.call_later(moment - monotonic(), self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if self.exchange is not None:
+            self.exchange.rang()
 
     def data_received(self, data: bytes) -> None:
         if self.between and (size := len(data)) < MOST_OPENINGS:
@@ -248,6 +277,8 @@ class WireConnection(ResponseHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         exchange = self.exchange
         was_complete = self.complete
+        if self._alarm is not None:
+            self._alarm.cancel()  # it would keep all this for as long as an upstream may think
         super().connection_lost(exc)  # for a close-delimited body this feeds the end of file
         if exchange is not None and not was_complete:
             # The parser takes an RST for the end of a close-delimited body (measured on 3.14.5): only the
