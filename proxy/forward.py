@@ -202,12 +202,17 @@ class Forwarding:
 
     async def _open(self, job: Job, attempt: Attempt) -> None:
         """Returns with the first byte of an answer that is the caller's. Raises UpstreamFailed."""
-        exchange = attempt.exchange
+        ctx, exchange = self._ctx, attempt.exchange
         try:
-            self._may_have_reached += not exchange.pushes
+            if not exchange.pushes:
+                self._may_have_reached += 1
             if not exchange.send_now():
                 await self._send(exchange, attempt.upstream.timeouts.connect)
-            self._has_sent(exchange)
+            if exchange.pushes:
+                self._reached = True
+            ctx.reached_upstream = True
+            if ctx.sent_at is None:
+                ctx.sent_at = monotonic()  # what came before is our own doing
             await self._first_byte(attempt)
             self._has_answered(attempt)
             if exchange.status in self._policy.statuses:
@@ -215,13 +220,6 @@ class Forwarding:
         except UpstreamFailed as error:
             self._lose(job, attempt, error)
             raise
-
-    def _has_sent(self, exchange: Exchange) -> None:
-        self._reached = self._reached or exchange.pushes
-        ctx = self._ctx
-        ctx.reached_upstream = True
-        if ctx.sent_at is None:
-            ctx.sent_at = monotonic()  # what came before is our own doing
 
     def _has_answered(self, attempt: Attempt) -> None:
         """Raises UpstreamRefusedUs and UpstreamInvalid for what is never passed on."""

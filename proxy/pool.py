@@ -179,24 +179,21 @@ class Pool:
             protocol.close()
         return None
 
-    def give_back(self, protocol: WireConnection) -> None:
-        """It may serve another request."""
-        connector = self.connector
-        idle = connector._conns.get(self._key)
-        if (
-            idle is None
-        ):  # so the connector does not look after idle ones: it has closed, or none has come yet
-            connector._release(self._key, protocol)
-        else:
+    def give_back(self, protocol: WireConnection, *, again: bool) -> None:
+        """again: another request may follow on it, if it is young enough. Never blocks."""
+        connector, now = self.connector, monotonic()
+        if not again or now - protocol.made_at > self._max_age_s:
+            protocol.abort()  # close() would wait for a TLS goodbye or for a full send buffer
+            connector._release(self._key, protocol, should_close=True)
+        elif (idle := connector._conns.get(self._key)) is not None:
             connector._acquired.discard(protocol)
-            idle.append((protocol, monotonic()))
-
-    def give_up(self, protocol: WireConnection) -> None:
-        self.connector._release(self._key, protocol, should_close=True)
+            idle.append((protocol, now))
+        else:  # the connector does not look after idle ones: none has come yet, or it has closed
+            connector._release(self._key, protocol)
 
     async def acquire(self, *, fresh: bool) -> WireConnection:
         """An idle connection that is young enough, or a new one; `fresh`: only a new one, and what lies idle
-        is ended, for another one has just turned out to be dead. It is given back, or given up.
+        is ended, for another one has just turned out to be dead.
 
         Raises UpstreamConnectFailed: nothing was sent."""
         if not fresh and (idle := self.take_idle()) is not None:
@@ -216,9 +213,6 @@ class Pool:
                 connection._protocol = None  # it is ours: aiohttp's loan would end it when nobody holds that
                 return protocol
             connection.close()
-
-    def too_old(self, protocol: WireConnection | SessionConnection) -> bool:
-        return monotonic() - protocol.made_at > self._max_age_s
 
     def _failed(self, error: Exception) -> UpstreamConnectFailed:
         """The address may have gone: the next attempt asks DNS again. The cause is told by its kind alone,

@@ -290,9 +290,6 @@ class RetryBudget:
         if not used:
             self._retries -= 1
 
-    def _close(self) -> None:
-        self.in_flight -= 1
-
 
 class _Held(StrEnum):
     """What an account holds of the budget."""
@@ -352,4 +349,4 @@ class Account:
         if self._held is not _NOTHING:
             self._budget._give_back(used=self._held is _TRYING)
             self._held = _NOTHING
-        self._budget._close()
+        self._budget.in_flight -= 1

@@ -40,7 +40,7 @@ class Exchange(Protocol):
     reused: bool
     fresh: bool  # set before `send`: no pooled connection
     answered: bool  # the head of the answer is here
-    last_at: float  # when the last bytes came, or the exchange began
+    last_at: float  # when the last bytes came, or the request went out
     status: int
     reason: str
     fields: RawHeaders
@@ -152,7 +152,7 @@ class Upstream:
         if not isinstance(body, bytes):
             length = framing(body.length)
         elif body or method not in _WITHOUT_BODY:
-            length = framing(len(body))
+            length = b"Content-Length: %d\r\n" % len(body)
         if self._session is None:
             head = outgoing.opening(method, path, key), outgoing.passed(fields), length, b"\r\n"
             if isinstance(body, bytes) and len(body) <= _JOIN_LIMIT:

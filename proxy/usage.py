@@ -165,7 +165,9 @@ class Counts(msgspec.Struct):
     def _cached(self) -> int | None:
         details = self.prompt_tokens_details or self.input_tokens_details
         hit = None if details is None else _detail(details, "cached_tokens")
-        return _count(self.prompt_cache_hit_tokens) if hit is None else hit
+        if hit is None and self.prompt_cache_hit_tokens is not None:
+            return _count(self.prompt_cache_hit_tokens)
+        return hit
 
     def _sides(self) -> tuple[int, int] | None:
         """Prompt and completion. Embeddings and rerankers leave out the completion, some also the prompt."""

@@ -75,7 +75,7 @@ class WireExchange:
         self.reused = False
         self.fresh = False
         self.paused = False  # by whoever takes the answer
-        self.last_at = self._sent_at = monotonic()
+        self.last_at = self._sent_at = 0.0
         self.status = 0
         self.reason = ""
         self.fields: RawHeaders = ()
@@ -101,7 +101,7 @@ class WireExchange:
         self.reused = protocol.used
         protocol.used = True
         protocol.begin(self)
-        self._sent_at = monotonic()
+        self.last_at = self._sent_at = monotonic()
         transport.write(self._head)
         body = self._body
         self._head = self._body = b""
@@ -187,12 +187,7 @@ class WireExchange:
             return
         self._protocol = None
         again = protocol.leave() and self._end is _FRAMED and (sender is None or sender.done)
-        if again and not self._pool.too_old(protocol):
-            protocol.resume_reading()
-            self._pool.give_back(protocol)
-        else:
-            protocol.abort()  # close() would wait for a TLS goodbye or for a full send buffer
-            self._pool.give_up(protocol)
+        self._pool.give_back(protocol, again=again)
 
     # ── called by the connection ─────────────────────────────────────────────────────────────────────────
 

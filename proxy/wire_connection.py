@@ -147,6 +147,8 @@ class WireConnection(ResponseHandler):
         self.exchange = None
         self.between = False
         self.pieces.clear()
+        if self._reading_paused:
+            self.resume_reading()
         transport = self.transport
         return not self._should_close and transport is not None and not transport.get_write_buffer_size()
 

@@ -18,6 +18,7 @@ from proxy import schema
 from proxy.breaker import Outcome
 from proxy.errors import UpstreamConnectFailed, UpstreamFailed
 from proxy.outgoing import Outgoing
+from proxy.upstream import Exchange
 from tests.kit.asking import ask, upstream, ways
 from tests.kit.connect_proxy import connect_proxy
 from tests.kit.lab import authority, plays, response, server_context
@@ -483,3 +484,70 @@ def test_the_credential_is_in_no_text() -> None:
     made = Outgoing(section, URL("http://up.example"))
     assert "sk-1" not in f"{made!r}{made}{section!r}"
     assert ("Authorization", "Bearer sk-1") in made.own_fields(0)
+
+
+def test_the_first_lines_are_kept() -> None:
+    """They are the same as made anew, for each method, path and credential; and no more are kept than the
+    newest, whatever callers ask for."""
+    made = outgoing(api_keys=["a", "b"], query={"v": "1"})
+    asked = [
+        (method, path, key) for method in ("GET", "PUT") for path in ("/x", "/x?v=2&w=3") for key in (0, 1)
+    ]
+    for _ in range(2):
+        assert [made.opening(*each) for each in asked] == [made._opening(*each) for each in asked]
+    assert len({made.opening(*each) for each in asked}) == len(asked)
+    for number in range(1000):
+        assert made.opening("GET", f"/x/{number}", 0).startswith(b"GET /v1/x/%d?v=1 HTTP/1.1\r\n" % number)
+    assert made.opening.cache_info().currsize < 100  # type: ignore[attr-defined] # functools.lru_cache's
+
+
+# ── waiting for an answer ────────────────────────────────────────────────────────────────────────────────
+
+
+async def waited_s(exchange: Exchange, wait_s: float) -> float:
+    """How long a wait without an answer takes."""
+    began = monotonic()
+    assert not await exchange.hold(1, began + wait_s)
+    return monotonic() - began
+
+
+async def test_waits_have_one_timer() -> None:
+    """All waits on a connection, of one exchange and of the next: none ends before its moment or long after
+    it, in whatever order longer and shorter ones come, and whether or not an earlier one was left."""
+    quiet = asyncio.Event()
+
+    async def script(call: Call) -> None:
+        if len(there.calls) > 1:
+            await quiet.wait()
+        await call.send(OK)
+
+    async with scripted(script) as there, upstream(f"http://127.0.0.1:{there.port}", push=True) as up:
+        first = up.exchange("POST", "/x", b"", b"{}")
+        await first.send()
+        assert await first.hold(1, monotonic() + 0.15)  # its timer is still there when the next one waits
+        first.close()
+        exchange = up.exchange("POST", "/x", b"", b"{}")
+        assert exchange.send_now()
+        assert 0.29 < await waited_s(exchange, 0.3) < 1.0
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(exchange.hold(1, monotonic() + 60), 0.02)
+        for wait_s in (0.05, 0.2, 0.01, 0.1):
+            assert wait_s - 0.01 < await waited_s(exchange, wait_s) < wait_s + 0.7
+        waiting = asyncio.ensure_future(exchange.hold(1, monotonic() + 60))
+        quiet.set()
+        assert await asyncio.wait_for(waiting, 5)
+        exchange.close()
+        assert there.connections == 1
+
+
+async def test_a_timer_ends_with_its_connection() -> None:
+    """It would keep the connection for as long as an upstream may take to answer."""
+    silent = scripted(plays(Call.close))
+    async with silent as there, upstream(f"http://127.0.0.1:{there.port}", push=True) as up:
+        exchange = up.exchange("POST", "/x", b"", b"{}")
+        await exchange.send()
+        with pytest.raises(UpstreamFailed):
+            await exchange.hold(1, monotonic() + 3600)
+        alarm = exchange._protocol._alarm  # type: ignore[attr-defined] # of the wire
+        assert alarm.cancelled()
+        exchange.close()
