@@ -75,50 +75,52 @@ class Forwarding:
 
     async def run(self, job: Job, turns: Turns[Target], first: Target) -> web.StreamResponse:
         """Returns when the last byte has gone to the caller; raises HeadraceError if nothing has."""
-        ctx, delivery = self._ctx, self._delivery
-        now = monotonic()
-        delivery.reshape = job.reshape
-        self._turns = turns
-        self._account = account = self._budget.open()
-        self._total_at = delivery.total_at = now + first.upstream.timeouts.total
-        if job.wants_stream:
-            delivery.wraps = self._streams.wrap_json
-            self._beat_at = now + (self._streams.commit_after or math.inf)
+        self._set_out(job, turns, first)
+        target: Target | None = first
+        fresh = False
         try:
-            return await self._attempts(job, first)
+            while target is not None:
+                attempt = self._begin(job, target, fresh=fresh)
+                if attempt is not None and (response := await self._try(job, attempt)) is not None:
+                    return response
+                target, fresh = await self._whom(failed=attempt is not None)
+            return self._last()
         except HeadraceError as error:
             failure = error
         except asyncio.CancelledError:
-            if ctx.stopped is None:
+            if self._ctx.stopped is None:
                 raise  # the caller has left
-            failure = _stopped(ctx.stopped)
+            failure = _stopped(self._ctx.stopped)
         finally:
-            account.close()
-        if not delivery.started:
+            self._account.close()
+        if not self._delivery.started:
             raise failure
-        return await delivery.break_off(failure)
+        return await self._delivery.break_off(failure)
+
+    def _set_out(self, job: Job, turns: Turns[Target], first: Target) -> None:
+        delivery, now = self._delivery, monotonic()
+        self._turns = turns
+        self._total_at = delivery.total_at = now + first.upstream.timeouts.total
+        delivery.reshape = job.reshape
+        if job.wants_stream:
+            delivery.wraps = self._streams.wrap_json
+            self._beat_at = now + (self._streams.commit_after or math.inf)
+        self._account = self._budget.open()  # from here on `run` owes its end
 
     # ── one after the other ──────────────────────────────────────────────────────────────────────────────
 
-    async def _attempts(self, job: Job, first: Target) -> web.StreamResponse:
-        target: Target | None = first
-        fresh = False
-        while target is not None:
-            attempt = self._begin(job, target, fresh=fresh)
-            fresh = False
-            if attempt is not None:
-                try:
-                    return await self._try(job, attempt)
-                except UpstreamFailed:
-                    assert self._lost is not None
-                    self._is_with(self._lost[1])
-                if self._ctx.committed or self._verdict is retry.Verdict.NO:
-                    break
-                fresh = self._verdict is retry.Verdict.FRESH and await self._may_repeat(self._lost[1])
-            target = self._lost[1] if fresh and self._lost is not None else await self._next()
-        if self._lost is None:
-            raise nobody_available(self._turns)
-        return self._last(*self._lost)
+    async def _whom(self, *, failed: bool) -> tuple[Target | None, bool]:
+        """Who is asked next, and whether on a fresh connection; None: nobody any more. failed: the last one
+        was asked; else its breaker let nothing pass."""
+        if failed:
+            assert self._lost is not None
+            target = self._lost[1]
+            self._is_with(target)
+            if self._ctx.committed or self._verdict is retry.Verdict.NO:
+                return None, False
+            if self._verdict is retry.Verdict.FRESH and await self._may_repeat(target):
+                return target, True
+        return await self._next(), False
 
     async def _may_repeat(self, target: Target) -> bool:
         """At once, on a fresh connection. Of two that raced, the slot of one has been given back."""
@@ -153,8 +155,11 @@ class Forwarding:
             if monotonic() >= self._beat_at:
                 await self._beat(target)
 
-    def _last(self, error: UpstreamFailed, target: Target) -> web.StreamResponse:
+    def _last(self) -> web.StreamResponse:
         """The last upstream answer passes as it is."""
+        if self._lost is None:
+            raise nobody_available(self._turns)
+        error, target = self._lost
         if not isinstance(error, Answered):
             raise error
         if self._delivery.started:
@@ -181,7 +186,8 @@ class Forwarding:
         if target.label is not None:
             self._ctx.model = target.label
 
-    async def _try(self, job: Job, attempt: Attempt) -> web.StreamResponse:
+    async def _try(self, job: Job, attempt: Attempt) -> web.StreamResponse | None:
+        """None: it has failed, and `_lost` says how."""
         ctx = self._ctx
         try:
             if job.hedge_after_s is None:
@@ -193,10 +199,12 @@ class Forwarding:
                 return await self._delivery.answer(attempt.exchange, attempt.target)
             except UpstreamFailed as error:
                 self._lose(job, attempt, error)
-                raise
+                return None
             finally:
                 if ctx.reason is not None:  # also of a caller that left when it had it all
                     attempt.delivered(ctx.reason)
+        except UpstreamFailed:
+            return None  # `_open` has taken it down
         finally:
             attempt.close()
 
