@@ -303,18 +303,15 @@ class _Held(StrEnum):
 _NOTHING, _TRYING, _UNUSED = _Held.NOTHING, _Held.TRYING, _Held.UNUSED
 
 
-class Account:
+class Account(msgspec.Struct, eq=False):
     """One request's dealings with the budget: `take` before each attempt (and before its back-off),
     `give_back`
     when that attempt's verdict is known (its first byte, or its failure), `close` in a finally."""
 
-    __slots__ = ("_budget", "_held", "_open", "_reached")
-
-    def __init__(self, budget: RetryBudget) -> None:
-        self._budget = budget
-        self._reached = False
-        self._held = _NOTHING
-        self._open = True
+    _budget: RetryBudget
+    _reached: bool = False
+    _held: _Held = _NOTHING
+    _open: bool = True
 
     def take(self) -> bool:
         """Whether an attempt may be made. Always, as long as none has reached an upstream."""

@@ -15,6 +15,8 @@ import asyncio
 from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
+
 from proxy.errors import HeadraceError, UpstreamInvalid, UpstreamStale, UpstreamUnreachable
 from proxy.headers import RawHeaders
 from proxy.sender import Sender, Source
@@ -31,54 +33,37 @@ HELD_LIMIT = 65536
 _FRAMED, _CUT = End.FRAMED, End.CUT
 
 
-class WireExchange:
-    """One request and its answer."""
+class WireExchange(msgspec.Struct, eq=False):
+    """One request and its answer. (A Struct for its many defaults, which cost 0.1 us so and 0.3 written out.)
+
+    _head: what is sent first, a small body with it.
+    """
 
     pushes: ClassVar[bool] = True
-    __slots__ = (
-        "_body",
-        "_end",
-        "_fault",
-        "_head",
-        "_pool",
-        "_protocol",
-        "_sender",
-        "_sent_at",
-        "_until",
-        "_waiter",
-        "_wanted",
-        "answered",
-        "fields",
-        "fresh",
-        "last_at",
-        "paused",
-        "reason",
-        "reused",
-        "sink",
-        "status",
-        "touched",
-    )
 
-    def __init__(self, pool: Pool, head: bytes, body: bytes | Source) -> None:
-        """head: what is sent first, a small body with it."""
-        self._pool = pool
-        self._head = head
-        self._body = body
-        self._protocol: WireConnection | None = None
-        self._sender: Sender | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._end: End | None = None
-        self._fault: Exception | None = None
-        self.sink: Sink | None = None
-        self.answered = False
-        self.touched = False  # a byte of an answer has come
-        self.reused = False
-        self.fresh = False
-        self.paused = False  # by whoever takes the answer
-        self.last_at = self._sent_at = 0.0
-        self.status = 0
-        self.reason = ""
-        self.fields: RawHeaders = ()
+    _pool: Pool
+    _head: bytes
+    _body: bytes | Source
+    _protocol: WireConnection | None = None
+    _sender: Sender | None = None
+    _waiter: asyncio.Future[None] | None = None
+    _wanted: int = 0
+    _until: float = 0.0
+    _sent_at: float = 0.0
+    _end: End | None = None
+    _fault: Exception | None = None
+    sink: Sink | None = None
+    answered: bool = False
+    touched: bool = False  # a byte of an answer has come
+    reused: bool = False
+    fresh: bool = False
+    paused: bool = False  # by whoever takes the answer
+    last_at: float = 0.0
+    status: int = 0
+    reason: str = ""
+    fields: RawHeaders = ()
+
+    __repr__ = object.__repr__  # a Struct's own would show the credential
 
     # ── called by the attempt ────────────────────────────────────────────────────────────────────────────
 

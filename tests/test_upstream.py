@@ -486,6 +486,15 @@ def test_the_credential_is_in_no_text() -> None:
     assert ("Authorization", "Bearer sk-1") in made.own_fields(0)
 
 
+async def test_the_credential_is_not_in_an_exchange() -> None:
+    """Its text is of no use to anybody, and what it sends holds the credential."""
+    async with upstream("http://127.0.0.1:9", push=True, api_key="sk-1") as up:
+        exchange = up.exchange("POST", "/x", b"", b"{}")
+        assert "sk-1" not in f"{exchange!r}{exchange}"
+        assert b"Bearer sk-1" in exchange._head  # type: ignore[attr-defined] # of the wire
+        exchange.close()
+
+
 def test_the_first_lines_are_kept() -> None:
     """They are the same as made anew, for each method, path and credential; and no more are kept than the
     newest, whatever callers ask for."""
