@@ -539,14 +539,21 @@ async def test_waits_have_one_timer() -> None:
         assert exchange.send_now()
         assert 0.29 < await waited_s(exchange, 0.3) < 1.0
         with pytest.raises(TimeoutError):
+            await asyncio.wait_for(exchange.hold(1, monotonic() + 0.05), 0.02)
+        await asyncio.sleep(0.1)  # it rings, and nobody waits
+        with pytest.raises(TimeoutError):
             await asyncio.wait_for(exchange.hold(1, monotonic() + 60), 0.02)
         for wait_s in (0.05, 0.2, 0.01, 0.1):
             assert wait_s - 0.01 < await waited_s(exchange, wait_s) < wait_s + 0.7
         waiting = asyncio.ensure_future(exchange.hold(1, monotonic() + 60))
         quiet.set()
         assert await asyncio.wait_for(waiting, 5)
+        connection = exchange._protocol  # type: ignore[attr-defined] # of the wire
         exchange.close()
-        assert there.connections == 1
+        connection.ring_at(monotonic() + 0.01)
+        await asyncio.sleep(0.05)  # and now there is nobody
+        assert connection._alarm is None
+        assert (there.connections, up.connections()) == (1, (0, 1))
 
 
 async def test_a_timer_ends_with_its_connection() -> None:
