@@ -186,9 +186,10 @@ class Pool:
             protocol.abort()  # close() would wait for a TLS goodbye or for a full send buffer
             connector._release(self._key, protocol, should_close=True)
         elif (idle := connector._conns.get(self._key)) is not None:
+            # Where there is a deque the connector looks after it; and without a limit nobody waits for this.
             connector._acquired.discard(protocol)
             idle.append((protocol, now))
-        else:  # the connector does not look after idle ones: none has come yet, or it has closed
+        else:
             connector._release(self._key, protocol)
 
     async def acquire(self, *, fresh: bool) -> WireConnection:
