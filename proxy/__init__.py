@@ -86,6 +86,7 @@ data path
     tap         what an answer used, heard on its way
     drain_usage the rest of an answer, read for its usage after the caller has left
     attempt     one try at one upstream
+    ready       an answer's head as bytes, past aiohttp's multi-dicts and signals
     deliver     the answer on its way to the caller: head, bytes, end
     forward     the attempts of one request: whom, again, how long to wait
     dial        the opening of a WebSocket to an upstream

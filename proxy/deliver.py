@@ -32,6 +32,7 @@ from proxy.errors import (
 )
 from proxy.hold import hold_small, hold_whole
 from proxy.pipe import HEARTBEAT, Clocks, Pipe
+from proxy.ready import Ready
 from proxy.reshape import WHOLE_LIMIT, Reshape, ReshapedPipe
 from proxy.tap import Tap, tells_usage
 from proxy.usage import find_in_json
@@ -107,25 +108,27 @@ class Delivery:
         await self._response.write(HEARTBEAT)
 
     async def _prepare(self, response: web.StreamResponse) -> None:
-        self._describe(response.headers, response.status)
+        response.headers.update(headers.pairs(self._described(response.status)))
         self._ctx.goes_out_by(self._request.transport)
         if response.content_length is None and self._request.version == HttpVersion11:
             response.enable_chunked_encoding()
         await response.prepare(self._request)
         self._ctx.status = response.status
 
-    def _describe(self, fields: CIMultiDict[str], status: int) -> None:
-        """Our own fields on a proxied answer."""
-        ctx, target = self._ctx, self._target
-        if target.fallback is not None:
-            fields["x-headrace-model"] = target.fallback
-        if status >= 500 and ctx.given_up:
-            fields["x-should-retry"] = "false"
-        fields["x-headrace-upstream"] = self._upstream.name
-        fields["x-headrace-attempts"] = str(ctx.attempts)
+    def _described(self, status: int) -> str:
+        """Our own fields on a proxied answer, as lines."""
+        ctx, fallback, now = self._ctx, self._target.fallback, monotonic()
         waited_ms = (ctx.queue_s or 0.0) * 1000
-        upstream_ms = (monotonic() - (ctx.sent_at or monotonic())) * 1000
-        fields["server-timing"] = f"queue;dur={waited_ms:.1f}, upstream;dur={upstream_ms:.1f}"
+        upstream_ms = (now - (ctx.sent_at or now)) * 1000
+        lines = (
+            f"\r\nx-headrace-upstream: {self._upstream.name}\r\nx-headrace-attempts: {ctx.attempts}"
+            f"\r\nserver-timing: queue;dur={waited_ms:.1f}, upstream;dur={upstream_ms:.1f}"
+        )
+        if fallback is not None:
+            lines += f"\r\nx-headrace-model: {fallback}"
+        if status >= 500 and ctx.given_up:
+            lines += "\r\nx-should-retry: false"
+        return lines
 
     def _passed_on(self, fields: RawHeaders) -> CIMultiDict[str]:
         """The upstream's quota is shown only to callers without a plan of their own."""
@@ -233,15 +236,12 @@ class Delivery:
             return None
         return find_in_json(self._ctx.dialect, body)
 
-    def _at_once(self, whole: WholeAnswer) -> web.Response:
-        ctx = self._ctx
-        fields = self._passed_on(whole.fields)
-        response = web.Response(status=whole.status, reason=whole.reason, body=whole.body, headers=fields)
-        self._describe(response.headers, whole.status)
+    def _at_once(self, whole: WholeAnswer) -> web.StreamResponse:
+        ctx, status = self._ctx, whole.status
         ctx.committed = True
-        ctx.chunks, ctx.bytes_out, ctx.status = 1, len(whole.body), whole.status
-        ctx.reason = Reason.UPSTREAM_ERROR if whole.status >= 500 else Reason.COMPLETE
-        return response
+        ctx.chunks, ctx.bytes_out, ctx.status = 1, len(whole.body), status
+        ctx.reason = Reason.UPSTREAM_ERROR if status >= 500 else Reason.COMPLETE
+        return Ready(ctx, whole, self._described(status), replaces=self._target.fallback is not None)
 
     async def _pipe(self, exchange: Exchange, tap: Tap, first: bytes = b"") -> web.StreamResponse:
         ctx = self._ctx

@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -86,10 +86,7 @@ _RESPONSE_DROP = HOP_BY_HOP | {
 }
 
 _UPSTREAM_ID = "x-upstream-request-id"
-_QUOTA = {
-    unit: tuple([f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset")])
-    for unit in ("requests", "tokens")
-}
+_UPSTREAM_ID_LINE = f"\r\n{_UPSTREAM_ID}: ".encode()
 _NONE_NAMED: frozenset[bytes] = frozenset()
 #: Ids are unique, not secret: random once a process, then counted (os.urandom costs 7 us a request).
 _MINTED = f"req_{os.urandom(10).hex()}"
@@ -100,6 +97,7 @@ _TRACEPARENT = re.compile(
     r"(?!ff|00.{54})[0-9a-f]{2}-(?P<trace>(?!0{32})[0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?"
 )
 _FORBIDDEN_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_PLAIN = b"\t" + bytes(range(0x20, 0x7F))
 
 
 def request_id(offered: str | None) -> str:
@@ -212,13 +210,51 @@ def _tells_no_quota(name: str) -> bool:
     return not name.lower().startswith(("x-ratelimit-", "anthropic-ratelimit-"))
 
 
-def rate_limit(allowance: Mapping[str, Decision]) -> Iterator[tuple[str, str]]:
-    """OpenAI's fields for what is left of a caller's plan; `reset` is until the bucket is full again."""
-    for unit, decision in allowance.items():
-        limit, remaining, reset = _QUOTA[unit]
-        yield limit, str(decision.limit)
-        yield remaining, str(decision.remaining)
-        yield reset, duration(decision.reset_after_s)
+@lru_cache(maxsize=1024)
+def _line_down(name: bytes, keep_ratelimit: bool) -> bytes | None:
+    """What comes before the value of such a field: a line break and the name; nothing: it does not cross;
+    None: that is up to its value."""
+    down = _name_down(name)
+    if down is None:
+        return None if name.lower() == b"connection" else b""
+    if down is _UPSTREAM_ID:
+        return _UPSTREAM_ID_LINE
+    return f"\r\n{down}: ".encode() if keep_ratelimit or _tells_no_quota(down) else b""
+
+
+def lines_to_caller(fields: RawHeaders, *, keep_ratelimit: bool) -> bytes | None:
+    """What `to_caller` lets pass, as lines, each with its line break before it. None: only `to_caller` can
+    tell, because a name or a value is not plain ASCII, `Connection` names a field, or there are two ids."""
+    parts: list[bytes] = []
+    for name, value in fields:
+        line = _line_down(name, keep_ratelimit)
+        if line:
+            parts += line, value
+        elif line is None and value.lower() != b"keep-alive":
+            return None
+    lines = b"".join(parts)
+    # One look at all values: line breaks of ours are all that is left without plain text (RFC 9110 5.5), so
+    # that no value can begin a line of its own. aiohttp's parser lets none pass either.
+    if lines.translate(None, _PLAIN) != b"\r\n" * (len(parts) // 2) or parts.count(_UPSTREAM_ID_LINE) > 1:
+        return None
+    return lines
+
+
+def pairs(lines: str) -> list[tuple[str, str]]:
+    """Lines of ours (each with its line break before it) for whoever takes names and values."""
+    split = [line.partition(": ") for line in lines.split("\r\n")[1:]]
+    return [(name, value) for name, _, value in split]
+
+
+def rate_limit(allowance: Mapping[str, Decision]) -> str:
+    """OpenAI's fields for what is left of a caller's plan, as lines; `reset` is until it is full again."""
+    lines = ""
+    for unit, left in allowance.items():
+        lines += (
+            f"\r\nx-ratelimit-limit-{unit}: {left.limit}\r\nx-ratelimit-remaining-{unit}: {left.remaining}"
+            f"\r\nx-ratelimit-reset-{unit}: {duration(left.reset_after_s)}"
+        )
+    return lines
 
 
 def duration(seconds: float) -> str:

@@ -33,6 +33,7 @@ from proxy.metrics import Metrics, Snapshot
 from proxy.middleware import CHAIN
 from proxy.middleware.cors import attach
 from proxy.permit import Slots
+from proxy.ready import fields_of_all
 from proxy.retry import RetryBudget
 from proxy.shared import Owner
 from proxy.slots import WaitingRoom
@@ -186,9 +187,7 @@ class Server:
         fields["Server"] = "headrace"  # aiohttp's own would tell its version
         ctx = request.get(CONTEXT)
         if ctx is not None:
-            fields["x-request-id"] = fields["request-id"] = ctx.request_id
-            if ctx.allowance:
-                fields.update(headers.rate_limit(ctx.allowance))
+            fields.update(headers.pairs(fields_of_all(ctx)))
         if response.status != 101 and (self.core.draining or "Upgrade" in request.headers):
             # aiohttp answers nothing behind a declined upgrade (measured): such a connection ends as well.
             response.force_close()

@@ -98,6 +98,36 @@ def test_to_caller_drops(fields: list[tuple[bytes, bytes]], keep_ratelimit: bool
     assert not any(re.search(r"[\x00-\x08\x0a-\x1f\x7f]", value) for _, value in out)
 
 
+ANY = st.binary(max_size=30) | st.text("ab, -~\t", max_size=9).map(str.encode) | st.just(b"Keep-Alive")
+NAMED = st.sampled_from([b"connection", b"X-Request-Id", b"request-id", b"X-RateLimit-Reset-Tokens", b"date"])
+
+
+@given(st.lists(st.tuples(st.one_of(NAMES, KNOWN, NAMED), ANY), max_size=8), st.booleans())
+def test_lines_say_what_pairs_say(fields: list[tuple[bytes, bytes]], keep_ratelimit: bool) -> None:
+    """Fields are the same as bytes, unless one look does not tell."""
+    lines = headers.lines_to_caller(fields, keep_ratelimit=keep_ratelimit)
+    out = headers.to_caller(fields, keep_ratelimit=keep_ratelimit)
+    if lines is None:
+        odd = [value for _, value in fields if re.search(rb"[^\t -~]", value)]
+        ids = [name for name, _ in fields if name.lower() in (b"request-id", b"x-request-id")]
+        assert odd or len(ids) > 1 or named(fields) - {b"keep-alive"}
+    else:
+        assert lines.decode() == "".join(f"\r\n{name}: {value}" for name, value in out)
+
+
+@pytest.mark.parametrize("value", [b"a\r\nb: c", b"a\nb", b"a\rb", b"\0", b"\x7f", b"\xc3\xa9", b"\xe9"])
+def test_no_value_begins_a_line(value: bytes) -> None:
+    """What is rendered in one pass has no byte in it that could end a line, and none to be read as text."""
+    for fields in ([(b"X-A", value)], [(b"x-request-id", value)], [(b"X-B", b"b"), (b"X-A", value)]):
+        assert headers.lines_to_caller(fields, keep_ratelimit=True) is None
+
+
+def test_lines_as_pairs() -> None:
+    """What we write as lines is read back as it was, colons and all."""
+    assert headers.pairs("\r\na: b\r\nc: d: e\r\nf: ") == [("a", "b"), ("c", "d: e"), ("f", "")]
+    assert headers.pairs("") == []
+
+
 @given(st.binary(min_size=1, max_size=20).filter(FORBIDDEN.search))
 def test_control_characters_are_dropped(value: bytes) -> None:
     """A field that aiohttp's writer would refuse, or that would split the head, is left out."""
