@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 
-from proxy import answers, headers
+from proxy import answers, headers, ready
 from proxy.attempt import WholeAnswer
 from proxy.breakoff import break_off as end_visibly
 from proxy.chunked import framed
@@ -32,7 +32,7 @@ from proxy.errors import (
 )
 from proxy.hold import hold_small, hold_whole
 from proxy.pipe import HEARTBEAT, Clocks, Pipe
-from proxy.ready import Ready
+from proxy.ready import Own
 from proxy.reshape import WHOLE_LIMIT, Reshape, ReshapedPipe
 from proxy.tap import Tap, tells_usage
 from proxy.usage import find_in_json
@@ -42,18 +42,16 @@ from proxy.wrap import wrap
 
 if TYPE_CHECKING:
     from proxy import schema
-    from proxy.headers import RawHeaders
     from proxy.metrics import Metrics
     from proxy.targets import Target
     from proxy.upstream import Exchange, Upstream
     from proxy.usage import Usage
 
-_STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache, no-transform",
-    "X-Accel-Buffering": "no",  # nginx buffers by default
-}
-
+_EVENT_STREAM = "text/event-stream; charset=utf-8"
+#: On every event stream: nobody may change it, and nginx, which buffers by default, may not keep it back.
+_STREAM_LINES = "\r\nCache-Control: no-cache, no-transform\r\nX-Accel-Buffering: no"
+_STREAM_NAMES = frozenset({b"cache-control", b"x-accel-buffering"})
+_NO_NAMES: frozenset[bytes] = frozenset()
 
 #: Between the error event and the break: Chromium drops what it has not read when both come at once (23 of 60
 #: streams, measured; Node and Python none).
@@ -102,37 +100,38 @@ class Delivery:
         """Commits to 200 before the upstream has answered, so that no proxy on the way gives up."""
         self._target = target
         if self._response is None:
-            self._response = response = web.StreamResponse(headers=CIMultiDict(_STREAM_HEADERS))
+            fields = CIMultiDict(headers.pairs(self._own(200, streamed=True).lines))
+            fields["Content-Type"] = _EVENT_STREAM
+            self._response = response = web.StreamResponse(headers=fields)
             await self._prepare(response)
         self._metrics.heartbeats.add()
         await self._response.write(HEARTBEAT)
 
     async def _prepare(self, response: web.StreamResponse) -> None:
-        response.headers.update(headers.pairs(self._described(response.status)))
         self._ctx.goes_out_by(self._request.transport)
         if response.content_length is None and self._request.version == HttpVersion11:
             response.enable_chunked_encoding()
         await response.prepare(self._request)
         self._ctx.status = response.status
 
-    def _described(self, status: int) -> str:
-        """Our own fields on a proxied answer, as lines."""
+    def _own(self, status: int, *, streamed: bool = False) -> Own:
+        """Our own fields on a proxied answer."""
         ctx, fallback, now = self._ctx, self._target.fallback, monotonic()
         waited_ms = (ctx.queue_s or 0.0) * 1000
         upstream_ms = (now - (ctx.sent_at or now)) * 1000
         lines = (
             f"\r\nx-headrace-upstream: {self._upstream.name}\r\nx-headrace-attempts: {ctx.attempts}"
             f"\r\nserver-timing: queue;dur={waited_ms:.1f}, upstream;dur={upstream_ms:.1f}"
+            f"{_STREAM_LINES if streamed else ''}"
         )
+        replaced = _STREAM_NAMES if streamed else _NO_NAMES
         if fallback is not None:
             lines += f"\r\nx-headrace-model: {fallback}"
+            replaced |= {b"x-headrace-model"}
         if status >= 500 and ctx.given_up:
             lines += "\r\nx-should-retry: false"
-        return lines
-
-    def _passed_on(self, fields: RawHeaders) -> CIMultiDict[str]:
-        """The upstream's quota is shown only to callers without a plan of their own."""
-        return CIMultiDict(headers.to_caller(fields, keep_ratelimit=self._ctx.principal is None))
+            replaced |= {b"x-should-retry"}
+        return Own(lines, replaced)
 
     # ── the answer ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -167,13 +166,23 @@ class Delivery:
             self._metrics.streams_active.add((self._upstream.name,), -1)
 
     async def _begin_stream(self, exchange: Exchange, content_type: str = "") -> None:
-        if self._response is None:
-            fields = self._passed_on(exchange.fields)
-            fields.update(_STREAM_HEADERS | {"Content-Type": content_type or fields["Content-Type"]})
-            response = web.StreamResponse(status=exchange.status, reason=exchange.reason, headers=fields)
-            await self._prepare(response)
-            response.headers.clear()  # 3 KiB for as long as the stream lives, and sent
-            self._response = response
+        """content_type: empty for the upstream's own."""
+        if self._response is not None:
+            return
+        ctx, request, own = self._ctx, self._request, self._own(exchange.status, streamed=True)
+        head = None
+        if not content_type:
+            head = ready.rendered(request, ctx, exchange, own, "Transfer-Encoding: chunked")
+        if head is not None:
+            ctx.goes_out_by(request.transport)
+            self._response, ctx.status = ready.Begun(request, head), exchange.status
+            return
+        fields = ready.multidict_of(ctx, exchange, own)
+        fields["Content-Type"] = content_type or fields["Content-Type"]
+        response = web.StreamResponse(status=exchange.status, reason=exchange.reason, headers=fields)
+        await self._prepare(response)
+        response.headers.clear()  # 3 KiB for as long as the stream lives, and sent
+        self._response = response
 
     async def _wrapped(self, exchange: Exchange) -> web.StreamResponse:
         """An answer that is no stream, to a caller that asked for one."""
@@ -192,7 +201,7 @@ class Delivery:
             if self._response is not None:
                 raise UpstreamInvalid
             return self._at_once(WholeAnswer(exchange.status, exchange.reason, exchange.fields, body))
-        await self._begin_stream(exchange, _STREAM_HEADERS["Content-Type"])
+        await self._begin_stream(exchange, _EVENT_STREAM)
         ctx.committed = True
         ctx.chunks, ctx.bytes_out, ctx.reason = 1, len(events), Reason.COMPLETE
         return await self._finish(events)
@@ -214,7 +223,7 @@ class Delivery:
             if rewrite is not None:
                 body = rewrite(exchange.status, body)
             return self._at_once(WholeAnswer(exchange.status, exchange.reason, exchange.fields, body))
-        fields = self._passed_on(exchange.fields)
+        fields = ready.multidict_of(ctx, exchange, self._own(exchange.status))
         length = headers.value_of(exchange.fields, b"content-length")
         large = web.StreamResponse(status=exchange.status, reason=exchange.reason, headers=fields)
         if length is not None:
@@ -241,7 +250,7 @@ class Delivery:
         ctx.committed = True
         ctx.chunks, ctx.bytes_out, ctx.status = 1, len(whole.body), status
         ctx.reason = Reason.UPSTREAM_ERROR if status >= 500 else Reason.COMPLETE
-        return Ready(ctx, whole, self._described(status), replaces=self._target.fallback is not None)
+        return ready.Ready(ctx, whole, self._own(status))
 
     async def _pipe(self, exchange: Exchange, tap: Tap, first: bytes = b"") -> web.StreamResponse:
         ctx = self._ctx

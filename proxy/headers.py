@@ -211,23 +211,29 @@ def _tells_no_quota(name: str) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _line_down(name: bytes, keep_ratelimit: bool) -> bytes | None:
+def _line_down(name: bytes, keep_ratelimit: bool, replaced: frozenset[bytes]) -> bytes | None:
     """What comes before the value of such a field: a line break and the name; nothing: it does not cross;
     None: that is up to its value."""
-    down = _name_down(name)
+    down, lower = _name_down(name), name.lower()
     if down is None:
-        return None if name.lower() == b"connection" else b""
+        return None if lower == b"connection" else b""
     if down is _UPSTREAM_ID:
         return _UPSTREAM_ID_LINE
-    return f"\r\n{down}: ".encode() if keep_ratelimit or _tells_no_quota(down) else b""
+    crosses = lower not in replaced and (keep_ratelimit or _tells_no_quota(down))
+    return f"\r\n{down}: ".encode() if crosses else b""
 
 
-def lines_to_caller(fields: RawHeaders, *, keep_ratelimit: bool) -> bytes | None:
+def lines_to_caller(
+    fields: RawHeaders, *, keep_ratelimit: bool, replaced: frozenset[bytes] = _NONE_NAMED
+) -> bytes | None:
     """What `to_caller` lets pass, as lines, each with its line break before it. None: only `to_caller` can
-    tell, because a name or a value is not plain ASCII, `Connection` names a field, or there are two ids."""
+    tell, because a name or a value is not plain ASCII, `Connection` names a field, or there are two ids.
+
+    replaced: names (in lower case) of which we write our own.
+    """
     parts: list[bytes] = []
     for name, value in fields:
-        line = _line_down(name, keep_ratelimit)
+        line = _line_down(name, keep_ratelimit, replaced)
         if line:
             parts += line, value
         elif line is None and value.lower() != b"keep-alive":

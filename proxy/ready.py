@@ -1,13 +1,13 @@
-"""An upstream's whole answer on its way out: head and body as bytes, sent in one write.
+"""The head of an upstream's answer as bytes; a whole answer, head and body, is sent in one write.
 
 What aiohttp does for an answer (two multi-dicts, a signal with three receivers, a writer) took a tenth of a
 short request. Only the usual answer goes past it; whatever has rules of its own (another status, HEAD,
-HTTP/1.0, a connection that ends, CORS) is a `web.Response` as before, and both carry the same fields.
+HTTP/1.0, a connection that ends, CORS) is rendered by aiohttp as before, and both carry the same fields.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from aiohttp import HttpVersion11, web
 from aiohttp.helpers import rfc822_formatted_time
@@ -16,10 +16,37 @@ from multidict import CIMultiDict
 from proxy import headers
 
 if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Coroutine
+    from typing import Any
+
     from aiohttp.abc import AbstractStreamWriter
 
     from proxy.attempt import WholeAnswer
     from proxy.context import Context
+    from proxy.headers import RawHeaders
+
+
+class Head(Protocol):
+    """What an upstream has said before the body."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def fields(self) -> RawHeaders: ...
+
+
+class Own(NamedTuple):
+    """Fields of ours on one answer.
+
+    lines: each with its line break before it. replaced: names, in lower case, that the upstream may have sent
+    as well.
+    """
+
+    lines: str
+    replaced: frozenset[bytes]
 
 
 def fields_of_all(ctx: Context) -> str:
@@ -45,18 +72,38 @@ def is_usual(request: web.BaseRequest, ctx: Context) -> bool:
     )
 
 
-class Ready(web.StreamResponse):
-    """A whole answer. own: our own fields on it, as lines.
+def rendered(request: web.BaseRequest, ctx: Context, head: Head, own: Own, framing: str) -> bytes | None:
+    """A whole head. None: it is not for us to say, see `multidict_of`.
 
-    replaces: do some of these take the place of the upstream's?
+    framing: the field that says where the body ends.
     """
+    if head.status != 200 or head.reason != "OK" or not is_usual(request, ctx):
+        return None
+    lines = headers.lines_to_caller(head.fields, keep_ratelimit=ctx.principal is None, replaced=own.replaced)
+    if lines is None or lines.lower().count(b"\r\ncontent-type: ") != 1:
+        return None
+    rest = f"\r\n{framing}\r\nDate: {rfc822_formatted_time()}{fields_of_all(ctx)}{own.lines}\r\n\r\n"
+    return b"HTTP/1.1 200 OK" + lines + rest.encode()
 
-    def __init__(self, ctx: Context, whole: WholeAnswer, own: str, *, replaces: bool) -> None:
+
+def multidict_of(ctx: Context, head: Head, own: Own) -> CIMultiDict[str]:
+    """The same fields for aiohttp, which adds the framing; `on_response_prepare` adds those of all answers.
+
+    The upstream's quota is shown only to callers without a plan of their own.
+    """
+    fields = CIMultiDict(headers.to_caller(head.fields, keep_ratelimit=ctx.principal is None))
+    fields.update(headers.pairs(own.lines))
+    return fields
+
+
+class Ready(web.StreamResponse):
+    """A whole answer."""
+
+    def __init__(self, ctx: Context, whole: WholeAnswer, own: Own) -> None:
         super().__init__(status=whole.status, reason=whole.reason)
         self._ctx = ctx
         self._whole = whole
         self._own = own
-        self._replaces = replaces
         self._by_aiohttp: web.Response | None = None
         self._asked: web.BaseRequest | None = None
 
@@ -66,14 +113,15 @@ class Ready(web.StreamResponse):
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Sends it. Raises ConnectionResetError if the caller has closed."""
-        message = self._message(request)
-        if message is None:
-            self._by_aiohttp = self._usual_response()
-            return await self._by_aiohttp.prepare(request)
-        transport = request.transport
-        if transport is None or transport.is_closing():
-            raise ConnectionResetError
-        transport.write(message)
+        ctx, whole, own = self._ctx, self._whole, self._own
+        body = whole.body
+        head = rendered(request, ctx, whole, own, f"Content-Length: {len(body)}") if body else None
+        if head is None:
+            fields = multidict_of(ctx, whole, own)
+            response = web.Response(status=whole.status, reason=whole.reason, body=body, headers=fields)
+            self._by_aiohttp = response
+            return await response.prepare(request)
+        _open_transport(request).write(head + body)
         self._asked = request
         return request.writer
 
@@ -83,22 +131,35 @@ class Ready(web.StreamResponse):
         elif self._asked is not None:
             await self._asked.writer.drain()
 
-    def _message(self, request: web.BaseRequest) -> bytes | None:
-        ctx, whole = self._ctx, self._whole
-        status, body = whole.status, whole.body
-        if status != 200 or whole.reason != "OK" or not body or self._replaces or not is_usual(request, ctx):
-            return None
-        lines = headers.lines_to_caller(whole.fields, keep_ratelimit=ctx.principal is None)
-        if lines is None or b"\r\ncontent-type: " not in lines.lower():
-            return None
-        own = (
-            f"\r\nContent-Length: {len(body)}\r\nDate: {rfc822_formatted_time()}"
-            f"{fields_of_all(ctx)}{self._own}\r\n\r\n"
-        )
-        return b"".join((b"HTTP/1.1 200 OK", lines, own.encode(), body))
 
-    def _usual_response(self) -> web.Response:
-        ctx, whole = self._ctx, self._whole
-        fields = CIMultiDict(headers.to_caller(whole.fields, keep_ratelimit=ctx.principal is None))
-        fields.update(headers.pairs(self._own))
-        return web.Response(status=whole.status, reason=whole.reason, body=whole.body, headers=fields)
+class Begun(web.StreamResponse):
+    """An event stream whose head, rendered here, has been sent; its chunks go through aiohttp's writer, or
+    past it. Raises ConnectionResetError if the caller has closed."""
+
+    def __init__(self, request: web.BaseRequest, head: bytes) -> None:
+        super().__init__()
+        self.enable_chunked_encoding()
+        self._way_out = writer = request.writer
+        _open_transport(request).write(head)
+        writer.enable_chunking()
+        writer.output_size += len(head)  # something has been sent: no other answer may follow
+
+    @property
+    def keep_alive(self) -> bool | None:
+        return True
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return self._way_out
+
+    def write(self, data: bytes | bytearray | memoryview) -> Coroutine[Any, Any, None]:
+        return self._way_out.write(data)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        await self._way_out.write_eof(data)
+
+
+def _open_transport(request: web.BaseRequest) -> asyncio.Transport:
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        raise ConnectionResetError
+    return transport

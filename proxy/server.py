@@ -177,6 +177,7 @@ class Server:
         app = web.Application(middlewares=CHAIN)
         app[CORE] = self.core
         route = app.router.add_route("*", "/{path:.*}", handlers.dispatch, expect_handler=no_expectation)
+        # What these receivers add to usual answers, `ready` has to know as well.
         app.on_response_prepare.append(self._on_prepare)
         attach(app, route)
         return app

@@ -122,6 +122,13 @@ def test_no_value_begins_a_line(value: bytes) -> None:
         assert headers.lines_to_caller(fields, keep_ratelimit=True) is None
 
 
+def test_replaced_fields() -> None:
+    """A field of ours takes the place of the upstream's, in whatever case that is."""
+    fields = [(b"X-Model", b"a"), (b"x-model", b"b"), (b"X-Model-Two", b"c")]
+    lines = headers.lines_to_caller(fields, keep_ratelimit=True, replaced=frozenset({b"x-model"}))
+    assert lines == b"\r\nX-Model-Two: c"
+
+
 def test_lines_as_pairs() -> None:
     """What we write as lines is read back as it was, colons and all."""
     assert headers.pairs("\r\na: b\r\nc: d: e\r\nf: ") == [("a", "b"), ("c", "d: e"), ("f", "")]
