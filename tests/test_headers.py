@@ -129,6 +129,17 @@ def test_replaced_fields() -> None:
     assert lines == b"\r\nX-Model-Two: c"
 
 
+def test_what_is_remembered_of_names() -> None:
+    """Whatever names an upstream makes up, few are kept, and no long ones; the answers stay right."""
+    known = headers._LinesDown(frozenset(), keep_ratelimit=True)
+    for number in range(3000):
+        name = b"x-%d" % number
+        assert known[name] == b"\r\n%b: " % name
+        assert len(known) <= 1024
+    long = b"x" * 65
+    assert (known[long], long in known) == (b"\r\n%b: " % long, False)
+
+
 def test_lines_as_pairs() -> None:
     """What we write as lines is read back as it was, colons and all."""
     assert headers.pairs("\r\na: b\r\nc: d: e\r\nf: ") == [("a", "b"), ("c", "d: e"), ("f", "")]
