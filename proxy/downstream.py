@@ -255,7 +255,7 @@ class Connection(RequestHandler):
 
     async def _linger(self, payload: Any) -> None:
         """Reads what a refused caller still sends, for a while: a reset would destroy our answer."""
-        if not self._force_close and self._lingering_time:
+        if not self._force_close:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._lingering_time):
                     while not payload.is_eof():

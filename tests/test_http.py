@@ -913,6 +913,16 @@ async def test_pipelining(pair: Pair) -> None:
     assert len(pair[1].calls) == 3
 
 
+async def test_more_pipelined_requests_than_are_held(pair: Pair) -> None:
+    """At 32 that wait the connection is not read any more; it is again when half have been answered."""
+    async with await Caller.connect(pair[0].port) as caller, asyncio.timeout(20):
+        await caller.send(b"".join([plain(f"x-request-id: {number}") for number in range(100)]))
+        for number in range(100):
+            answer = await caller.rest(await caller.head())
+            assert (answer.headers["x-request-id"], answer.body) == (str(number), OK)
+    assert len(pair[1].calls) == 100
+
+
 async def test_http_10_closes(pair: Pair) -> None:
     """A HTTP/1.0 caller gets its answer and the end of the connection."""
     async with await Caller.connect(pair[0].port) as caller, asyncio.timeout(5):
