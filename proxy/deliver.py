@@ -241,9 +241,7 @@ class Delivery:
 
     def _usage_of(self, body: bytes) -> Usage | None:
         """Of a whole answer; None: unknown."""
-        if b'"usage"' not in body or not self._observes(streamed=False):
-            return None
-        return find_in_json(self._ctx.dialect, body)
+        return find_in_json(self._ctx.dialect, body) if self._observes(streamed=False) else None
 
     def _at_once(self, whole: WholeAnswer) -> web.StreamResponse:
         ctx, status = self._ctx, whole.status

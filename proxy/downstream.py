@@ -164,7 +164,7 @@ class Connection(RequestHandler):
             return
         super().data_received(data)
         if self._messages:
-            self._refuse_versions()
+            self._check_messages()
         if self._messages or self._current_request is not None:
             self._listener.idle.pop(self, None)
             self.fresh = False
@@ -181,12 +181,20 @@ class Connection(RequestHandler):
         if self._reading_paused or self._buffer_paused:
             super().resume_reading(resume_parser)
 
-    def _refuse_versions(self) -> None:
-        """llhttp lets HTTP/0.9 and HTTP/2.0 pass, and aiohttp would answer in kind (measured)."""
+    def _check_messages(self) -> None:
+        """llhttp lets HTTP/0.9 and HTTP/2.0 pass, and aiohttp would answer in kind (measured).
+
+        A chunked request is its connection's last: aiohttp 3.14.5 takes the last trailer for the first field
+        of the next request (measured), which behind a proxy may be another caller's.
+        """
         for at, (message, payload) in enumerate(self._messages):
-            if not isinstance(message, _ErrInfo) and message.version not in _VERSIONS:
+            if isinstance(message, _ErrInfo):
+                continue
+            if message.version not in _VERSIONS:
                 refusal = _ErrInfo(status=505, exc=_UnknownVersion(), message="")
                 self._messages[at] = (refusal, payload)
+            elif message.chunked and not message.should_close:
+                self._messages[at] = (message._replace(should_close=True), payload)
 
     async def start(self) -> None:
         """Answers this connection's requests, one after another, in its own task.

@@ -368,6 +368,29 @@ async def test_chunked_body_and_trailers(pair: Pair) -> None:
     assert b"chunked" not in seen.head.lower()
 
 
+async def test_trailers_are_nobody_elses(pair: Pair) -> None:
+    """aiohttp's parser tells the last trailer as the first field of the next request on the connection, so
+    there is none: neither one that is sent after the answer nor one that came together with the trailers."""
+    trailers = "0\r\nx-request-id: evil\r\n\r\n"
+    chunked = line(
+        CHAT,
+        "Host: t",
+        JSON_TYPE,
+        "Transfer-Encoding: chunked",
+        body=b"%x\r\n%b\r\n" % (len(BODY), BODY) + trailers.encode(),
+    )
+    following = line("GET /v1/models HTTP/1.1", "Host: t")
+    for sent in (chunked, chunked + following):
+        async with await Caller.connect(pair[0].port) as caller:
+            answer = await caller.ask(sent)
+            assert answer.status == 200
+            assert answer.headers["connection"] == "close"
+            assert await ended(caller)
+    await pair[0].quiet()
+    assert [entry["request_id"] != "evil" for entry in pair[0].log_lines()] == [True, True]
+    assert len(pair[1].calls) == 2
+
+
 async def test_a_chunk_that_is_none() -> None:
     """After a good one: aiohttp's parser does not tell whoever reads the body, the timer ends it."""
     async with both(timeouts={"body": 0.5}) as pair, await Caller.connect(pair[0].port) as caller:
