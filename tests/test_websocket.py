@@ -380,7 +380,7 @@ async def test_credentials(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
             "realtime",
             None,
         ]
-    assert not any(key in text or key.split("_")[2] in text for text in [*heads, str(lines), caplog.text])
+    assert not any(key in text or key.split("_", 2)[2] in text for text in [*heads, str(lines), caplog.text])
     assert {line["key_id"] for line in lines} == {key.split("_")[1]}
 
 
