@@ -301,8 +301,8 @@ class Connection(RequestHandler):
     ) -> web.StreamResponse:
         """The parser's refusals, and what went wrong outside the chain. Nothing of `message` is shown:
         it quotes the request."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("an answer was under way")
+        if request.writer.output_size > 0 or isinstance(exc, ConnectionError):
+            raise ConnectionError("an answer was under way, or its caller has left")
         error = HeadraceError() if status == 500 else Refused(_status_of(exc))
         request._version = HttpVersion11  # aiohttp calls what it cannot parse HTTP/1.0
         chosen = headers.request_id(None)
