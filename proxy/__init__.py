@@ -105,7 +105,8 @@ web
     playground  the page that tries models out, and the browser client
     probe_stream  events that cost nothing, to test a public chain
     handlers    the routes, and what is answered here
-    downstream  the listening side
+    downstream_connection  one caller's connection: its requests in turn, what the parser refuses, its timers
+    downstream  the listening side: connections and their number
     admin_keys  the keys on the admin listener
     spend_page  what was spent, as a page of the admin listener
     admin_guard who may ask the admin listener, and what a browser may
