@@ -33,7 +33,7 @@ from aiohttp.test_utils import make_mocked_request
 from bench import machine, marked, report, targets
 from bench.micro_tap import CHUNKS, STREAM_KINDS, STREAMS, ask_all, best, feed_all
 from proxy import __version__, config, endpoints, identity, key_commands, log
-from proxy.admission import Admission
+from proxy.admission import Admission, Reservation
 from proxy.authenticator import Authenticator
 from proxy.context import CONTEXT, CORE, Context
 from proxy.core import Core
@@ -149,7 +149,7 @@ _ANSWER = web.Response(status=200)
 
 
 async def price_of_auth(settings: config.Config, times: int) -> Price:
-    """A key in the cache: one HMAC, one comparison."""
+    """A key that has been shown before."""
     database = settings.auth.database
     pepper = load_pepper(None, database)
     async with opened(database) as store:
@@ -159,8 +159,9 @@ async def price_of_auth(settings: config.Config, times: int) -> Price:
     await authenticator.start(time.time())
 
     async def one() -> None:
-        credential = identity.credential_of([f"Bearer {secret}"], [])
-        identity.check_address(await authenticator.identify(credential, time.time()), "127.0.0.1")
+        credential, now = identity.credential_of([f"Bearer {secret}"], []), time.time()
+        principal = authenticator.known(credential, now) or await authenticator.identify(credential, now)
+        identity.check_address(principal, "127.0.0.1")
 
     try:
         return Price("key, plan and address checked", await each(one, times))
@@ -168,24 +169,32 @@ async def price_of_auth(settings: config.Config, times: int) -> Price:
         await authenticator.close()
 
 
+async def _if_far(waiting: Awaitable[None] | None) -> None:
+    """Limits in memory have nothing to wait for."""
+    if waiting is not None:
+        await waiting
+
+
 async def price_of_limits(settings: config.Config, times: int, redis: RedisServer | None = None) -> Price:
     """One request: its rate, its tokens and their settlement, and three slots taken and given back."""
     shared = Shared.fresh(1)
     stores = Stores(settings.limits, shared.owner(0), lambda _: None)
     stores.start()
-    room = WaitingRoom(stores.state, 10, 1.0, remote=stores.remote)
+    room = WaitingRoom(stores.state, 10, 1.0)
     admission = Admission(settings.limits, stores, room, Metrics(__version__))
     ctx = Context("request-0001", endpoints.match("POST", _PATH), _PATH, time.monotonic())
     principal = ctx.principal = Principal(name="key:abc", key_id="abc", plan="bench")
-    plan, entry = settings.plans["bench"], settings.models["m"]
+    ctx.model, plan, entry = "m", settings.plans["bench"], settings.models["m"]
     upstreams = [Upstream("u", settings.upstreams["u"], "http://127.0.0.1:1/v1", push=True)]
 
     async def one() -> None:
-        await admission.arrive(ctx, principal.name, "bench", plan)
-        held = await admission.reserve_tokens(ctx, plan, ("m", entry), 1000)
-        async with await admission.seat(ctx, plan, upstreams, Manner.WAIT):
+        await _if_far(admission.arrive(ctx, principal, plan))
+        held = Reservation(1000)
+        await _if_far(admission.reserve_tokens(ctx, plan, entry, held))
+        seat = admission.seat_at_once(ctx, plan, upstreams)
+        with seat or await admission.seat_in_turn(ctx, plan, upstreams, Manner.WAIT):
             pass
-        await admission.settle(held, 162)
+        await _if_far(admission.settle(held, 162))
 
     try:
         await one()
