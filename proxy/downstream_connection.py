@@ -200,7 +200,7 @@ class Connection(RequestHandler):
             self.force_close()
             raise
         finally:
-            request._task = None  # type: ignore[assignment] # a cycle
+            request._task = None  # type: ignore[assignment] # it breaks a cycle, as aiohttp does
         return True
 
     async def _linger(self, payload: Any) -> None:

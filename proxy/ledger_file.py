@@ -45,7 +45,7 @@ _INSERT = f"INSERT OR IGNORE INTO ledger VALUES {_ROW}"  # noqa: S608 - column m
 #: again for each statement, which beside a busy loop costs half as much as the row itself (measured: 14 us a
 #: row alone, 9 in sixteens).
 _AT_ONCE = 16
-_INSERT_MANY = f"INSERT OR IGNORE INTO ledger VALUES {', '.join([_ROW] * _AT_ONCE)}"  # noqa: S608
+_INSERT_MANY = f"INSERT OR IGNORE INTO ledger VALUES {', '.join([_ROW] * _AT_ONCE)}"  # noqa: S608 - the same
 _DELETE = "DELETE FROM ledger WHERE id IN (SELECT id FROM ledger WHERE id < ? ORDER BY id LIMIT ?)"
 
 #: What a row can have wrong that its neighbours have not.
