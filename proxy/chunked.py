@@ -12,6 +12,8 @@ _join = b"".join
 #: Both tables end here: events are a few hundred bytes, and above that the copy costs more than the framing.
 _TABLE_BYTES = 1024
 
+#: An opening that no slice of that length is.
+_NONE = b"?"
 #: What stands before so many bytes.
 _HEADS = tuple(b"%x\r\n" % size for size in range(_TABLE_BYTES))
 
@@ -24,15 +26,14 @@ def framed(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (size, data)
 
 
-def _opening(total: int) -> tuple[bytes | tuple[bytes, ...], int]:
+def _opening(total: int) -> tuple[bytes, bytes, int]:
     """How a chunk of so many bytes in all begins, if any has so many; without extensions or leading zeros. In
     lower and in upper case (most servers; Rust's hyper). And where its bytes begin."""
     for digits in (1, 2, 3):
         size = total - digits - 4
         if 16 ** (digits - 1) <= size < 16**digits:
-            lower, upper = b"%x\r\n" % size, b"%X\r\n" % size
-            return lower if lower == upper else (lower, upper), digits + 2
-    return (), 0
+            return b"%x\r\n" % size, b"%X\r\n" % size, digits + 2
+    return _NONE, _NONE, 0
 
 
 def unframed(chunk: bytes) -> bytes | memoryview:
@@ -54,5 +55,5 @@ def is_chunk_of(data: bytes, size: int) -> bool:
     total = len(data)
     if total >= MOST_OPENINGS:
         return False
-    opening, start = OPENINGS[total]
-    return size == total - start - 2 and data.startswith(opening) and data.endswith(_END)
+    lower, upper, start = OPENINGS[total]
+    return size == total - start - 2 and data[:start] in (lower, upper) and data[-2:] == _END

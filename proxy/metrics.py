@@ -33,7 +33,7 @@ _FIRST = (*(ms / 1000 for ms in _FIRST_MS), 10, 15, 20, 30, 60, 120)
 _OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
 #: Gaps between chunks: powers of two of 0.1 ms, so that a gap's bucket is one `bit_length`.
 GAPS = tuple(0.0001 * 2**power for power in range(20))
-GAP_UNITS_PER_SECOND = 10_000
+GAP_UNITS_PER_SECOND = 10_000.0
 
 
 class Counter:

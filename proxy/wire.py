@@ -144,13 +144,19 @@ class WireExchange(msgspec.Struct, eq=False):
     async def pump(self, sink: Sink) -> None:
         """Hands everything to the sink, from the very call in which it arrives; returns at once."""
         body, end = self.taken()
-        self.sink = sink
+        self.give_to(sink)
         if body:
             sink.feed(body)
         if end is not None:
             sink.end(end)
         elif not sink.blocked:
             self.resume()
+
+    def give_to(self, sink: Sink) -> None:
+        """From now on what comes is the sink's, from the very call in which it comes."""
+        assert self._protocol is not None
+        self.sink = sink
+        self._protocol.feed = sink.feed
 
     def pause(self) -> None:
         self.paused = True
@@ -254,7 +260,7 @@ def self_check(loop: asyncio.AbstractEventLoop) -> str | None:
         connection.data_received(_CHECK_HEAD + b"2\r\nab\r\n")
         probe = _Probe()
         probe.feed(exchange.taken()[0])
-        exchange.sink = probe
+        exchange.give_to(probe)
         connection.data_received(b"2\r\ncd\r\n1\r\ne\r\n")
         connection.data_received(b"1\r\nf\r\n")
         between = connection.between

@@ -94,8 +94,10 @@ class WireConnection(ResponseHandler):
     """A pooled connection. It serves one exchange at a time; between two it takes no bytes at all.
 
     used: it has lain in the pool, so it may have been closed there. served: it has been asked something.
-    marks: of the chunks whose beginnings and ends the parser saw in this read. between: it saw one chunk and
-    nothing else, so it stands between two, and another read which is exactly one need not go through it.
+    feed: of whoever takes the answer; a look through the exchange costs a tenth of all that Python does per
+    read. marks: of the chunks whose beginnings and ends the parser saw in this read. between: it saw one
+    chunk and nothing else, so it stands between two, and another read which is exactly one need not go
+    through it.
     """
 
     __slots__ = (
@@ -104,6 +106,7 @@ class WireConnection(ResponseHandler):
         "between",
         "complete",
         "exchange",
+        "feed",
         "made_at",
         "marks",
         "pieces",
@@ -117,6 +120,7 @@ class WireConnection(ResponseHandler):
         self.used = False
         self.served = False
         self.exchange: WireExchange | None = None
+        self.feed: Callable[[bytes, bytes], None] | None = None
         self.pieces: list[bytes] = []
         self.complete = False
         self.marks = ""
@@ -145,6 +149,7 @@ class WireConnection(ResponseHandler):
         """The exchange has ended. Whether another may follow: nobody wishes the connection closed, and all
         that was sent is out of our hands."""
         self.exchange = None
+        self.feed = None
         self.between = False
         self.pieces.clear()
         if self._reading_paused:
@@ -171,9 +176,12 @@ class WireConnection(ResponseHandler):
     def data_received(self, data: bytes) -> None:
         if self.between and (size := len(data)) < MOST_OPENINGS:
             # What the parser would say of it is known. It stays where it is: before the next chunk.
-            opening, start = OPENINGS[size]
-            if data.startswith(opening) and data.endswith(b"\r\n"):
-                self.exchange.sink.feed(data[start:-2], data)  # type: ignore[union-attr] # both are there
+            lower, upper, start = OPENINGS[size]
+            opening = data[:start]
+            # A tuple of the two takes 50 ns more.
+            if (opening == lower or opening == upper) and data[-2:] == b"\r\n":  # noqa: SIM109
+                feed = self.feed
+                feed(data[start:-2], data)  # type: ignore[misc] # it is there
                 return
         self._parse(data)
 

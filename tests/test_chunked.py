@@ -40,12 +40,13 @@ def test_openings() -> None:
         if len(chunk) >= MOST_OPENINGS:
             break
         lengths.add(len(chunk))
-        opening, start = OPENINGS[len(chunk)]
-        upper = b"%X\r\n" % size
-        assert chunk.startswith(opening)
-        assert upper.startswith(opening)
+        lower, upper, start = OPENINGS[len(chunk)]
+        assert chunk[:start] == lower
+        assert upper == b"%X\r\n" % size
         assert chunk[start:-2] == b"x" * size
-    assert all(OPENINGS[length] == ((), 0) for length in range(MOST_OPENINGS) if length not in lengths)
+    for length in set(range(MOST_OPENINGS)) - lengths:
+        lower, upper, start = OPENINGS[length]
+        assert len(lower) == len(upper) > start, "a slice of that length would be taken for it"
 
 
 class Heard:
@@ -59,7 +60,7 @@ class Heard:
         self.exchange._protocol = self.connection
         self.connection.begin(self.exchange)
         self.connection.data_received(HEAD)
-        self.exchange.sink = self
+        self.exchange.give_to(self)
         self.data = b""
         self.whole = 0
         self.end_: wire_connection.End | None = None
