@@ -36,6 +36,11 @@ def _opening(total: int) -> tuple[bytes, bytes, int]:
     return _NONE, _NONE, 0
 
 
+def inside(data: bytes, start: int) -> bytes:
+    """The bytes of a read. start: 0, or it is exactly one chunk and they begin there."""
+    return data[start:-2] if start else data
+
+
 def unframed(chunk: bytes) -> bytes | memoryview:
     """What is in one chunk. What is not exactly one is taken as it is."""
     at = chunk.find(_END)

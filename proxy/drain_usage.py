@@ -11,6 +11,7 @@ import asyncio
 from time import monotonic
 from typing import TYPE_CHECKING, ClassVar
 
+from proxy.chunked import inside
 from proxy.errors import Reason
 from proxy.pipe import GRACE_S, TIMER_SLACK_S
 
@@ -90,9 +91,10 @@ class Rest:
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
 
-    def feed(self, data: bytes, chunk: bytes = b"") -> None:
+    def feed(self, data: bytes, start: int = 0) -> None:
         if self.finished:
             return
+        data = inside(data, start)
         self._left_bytes -= len(data)
         self._feed(data)
         if self._left_bytes <= 0:

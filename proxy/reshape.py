@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from proxy.answers import is_event_stream
-from proxy.chunked import framed
+from proxy.chunked import framed, inside
 from proxy.errors import Dialect, UpstreamInvalid
 from proxy.headers import RawHeaders, is_encoded
 from proxy.inject import UsageChunkFilter, with_include_usage
@@ -96,7 +96,8 @@ class ReshapedPipe(Pipe):
         self._transform = transform
         self._spoke_at = monotonic()
 
-    def feed(self, data: bytes, chunk: bytes = b"") -> None:
+    def feed(self, data: bytes, start: int = 0) -> None:
+        data = inside(data, start)
         out = self._shaped(data)
         try:
             if out:

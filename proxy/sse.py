@@ -1,10 +1,10 @@
 """Where an event stream stands: at an event boundary, past its first token, past its terminator.
 
 No event is parsed while it passes. Most reads of a stream are one event, the same as before but for its text:
-two comparisons and a look at that text say so, and it is forgotten at once (what is kept is out of the
-processor's cache when it is looked at: keeping sixteen reads cost 1.5 us more a chunk with 400 streams,
-measured). Others are whole events of plain content all the same: five substring searches say so. Of the rest
-the last few kilobytes are kept, and asked:
+two comparisons and a look at that text say so, and who passes it on need not show it here (`shape`). It is
+forgotten at once: what is kept is out of the processor's cache when it is looked at (keeping sixteen reads
+cost 1.5 us more a chunk with 400 streams, measured). Others are whole events of plain content all the same:
+five substring searches say so. Of the rest the last few kilobytes are kept, and asked:
 
 - has the terminator of this dialect come by?
 - was there a first token (content, reasoning or a tool call)?
@@ -45,7 +45,6 @@ _HINTS: dict[Dialect, bytes] = {
     Dialect.RESPONSES: b'"response":',
 }
 _NEVER = b"\0\0\0\0"
-_QUOTE = 0x22
 _TERMINATORS: dict[Dialect, re.Pattern[bytes]] = {
     Dialect.OPENAI: re.compile(rb"data: ?\[DONE\]"),
     Dialect.ANTHROPIC: re.compile(rb'event: ?message_stop[\r\n]|data: ?\{\s*"type": ?"message_stop"'),
@@ -90,11 +89,17 @@ def ends_event(tail: bytes | bytearray) -> bool:
     return tail.endswith(b"\r\r")
 
 
+#: What is around the text of an event that is a chunk by itself: before it, and after it to the chunk's end,
+#: each with where it ends or begins, counted from its side of the read.
+Shape = tuple[bytes, int, bytes, int]
+
+
 class Scanner:
     """Follows one event stream; `feed` gets the bytes exactly as they arrived.
 
     terminated: the terminator has passed (for two dialects: its whole event).
     first_token: something worth showing has passed.
+    shape: an event like this but for its text is plain content and need not be fed; None: all have to be.
     """
 
     __slots__ = (
@@ -105,22 +110,20 @@ class Scanner:
         "_events",
         "_failed",
         "_finished",
-        "_foot",
-        "_foot_size",
         "_gone",
-        "_head",
-        "_head_size",
         "_hint",
         "_limit",
         "_needles",
         "_reach",
         "_report",
+        "_shape",
         "_skipped",
         "_skips",
         "_tail",
         "_terminator",
         "_text_share",
         "first_token",
+        "shape",
         "terminated",
     )
 
@@ -142,30 +145,23 @@ class Scanner:
         self._skipped = 0  # bytes of reads that were
         self._text_share = 0.0  # how much of such a read is text
         self._events = 0
-        self._head = self._foot = _NEVER  # of an event of plain content: what is around its text
-        self._head_size = self._foot_size = 0
+        self._shape: Shape | None = None  # of the last event of plain content
         self._hint = _HINTS[dialect] if expects_terminator else _NEVER
+        self.shape: Shape | None = None
         self.terminated = False
         self.first_token = False
 
     def feed(self, data: bytes) -> bool:
         """Takes one read; True if it may have brought the first token or the terminator."""
-        if self._skips:
-            # A text has neither quote nor line end in it. Slices: a call of `startswith` takes twice as long.
-            begin, end = self._head_size, len(data) - self._foot_size
-            if (
-                begin <= end
-                and data[:begin] == self._head
-                and data[end:] == self._foot
-                and _QUOTE not in data[begin:end]
-            ):
-                self._skipped += len(data)
-                self._events += 1
-                return False
-            if self._is_plain(data):
-                self._skip(data)
-                return False
+        if self._skips and self._is_plain(data):
+            self._skip(data)
+            return False
         return self._read(data)
+
+    def passed(self, events: int, size: int) -> None:
+        """So many events of this shape, with so many bytes in all, have gone by unseen."""
+        self._events += events
+        self._skipped += size
 
     def _is_plain(self, data: bytes) -> bool:
         """Whole events, in which there is nothing that anybody will ask for. `find` and no `in`: it takes
@@ -191,8 +187,8 @@ class Scanner:
             return
         self._text_share = len(text[1]) * events / len(data)
         if events == 1:
-            self._head, self._foot = data[: text.start(1)], data[text.end(1) :]
-            self._head_size, self._foot_size = len(self._head), len(self._foot)
+            head, foot = data[: text.start(1)], data[text.end(1) :] + b"\r\n"
+            self._shape = self.shape = (head, len(head), foot, -len(foot))
 
     def _read(self, data: bytes) -> bool:
         tail = self._tail
@@ -208,6 +204,7 @@ class Scanner:
         if news:
             self._look(fresh)
         self._skips = self._calm and ends_event(tail)
+        self.shape = self._shape if self._skips else None
         return news
 
     def _announce(self, needle: bytes, at: int) -> None:

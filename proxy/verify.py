@@ -13,7 +13,7 @@ from zlib import crc32
 
 import structlog
 
-from proxy.chunked import unframed
+from proxy.chunked import inside, unframed
 from proxy.errors import Reason
 from proxy.pipe import HEARTBEAT, Pipe
 
@@ -90,9 +90,9 @@ class VerifiedPipe(Pipe):
         self._out = out = _WayOut(self._write, self._send, framing=self._framing)
         self._write, self._send = out.write, out.send
 
-    def feed(self, data: bytes, chunk: bytes = b"") -> None:
-        self._came.add(data)
-        super().feed(data, chunk)
+    def feed(self, data: bytes, start: int = 0) -> None:
+        self._came.add(inside(data, start))
+        super().feed(data, start)
 
     async def deliver(self, data: bytes) -> None:
         self._came.add(data)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
+from proxy.chunked import inside
 from proxy.errors import HeadraceError, UpstreamInvalid, UpstreamStale, UpstreamUnreachable
 from proxy.headers import RawHeaders
 from proxy.sender import Sender, Source
@@ -238,8 +239,8 @@ class _Probe:
         self.how: End | None = None
         self.blocked = False
 
-    def feed(self, data: bytes, chunk: bytes = b"") -> None:
-        self.data += data
+    def feed(self, data: bytes, start: int = 0) -> None:
+        self.data += inside(data, start)
 
     def end(self, how: End) -> None:
         self.how = how

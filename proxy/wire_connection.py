@@ -57,8 +57,8 @@ class Sink(Protocol):
     @property
     def blocked(self) -> bool: ...
 
-    def feed(self, data: bytes, chunk: bytes = b"") -> None:
-        """`chunk`: what came, if that was exactly one chunk with these bytes in it."""
+    def feed(self, data: bytes, start: int = 0) -> None:
+        """start: 0, or `data` is exactly one chunk and what is in it begins there."""
 
     def end(self, how: End) -> None: ...
 
@@ -120,7 +120,7 @@ class WireConnection(ResponseHandler):
         self.used = False
         self.served = False
         self.exchange: WireExchange | None = None
-        self.feed: Callable[[bytes, bytes], None] | None = None
+        self.feed: Callable[[bytes, int], None] | None = None
         self.pieces: list[bytes] = []
         self.complete = False
         self.marks = ""
@@ -181,7 +181,7 @@ class WireConnection(ResponseHandler):
             # A tuple of the two takes 50 ns more.
             if (opening == lower or opening == upper) and data[-2:] == b"\r\n":  # noqa: SIM109
                 feed = self.feed
-                feed(data[start:-2], data)  # type: ignore[misc] # it is there
+                feed(data, start)  # type: ignore[misc] # it is there
                 return
         self._parse(data)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy import wire, wire_connection
-from proxy.chunked import MOST_OPENINGS, OPENINGS, framed, unframed
+from proxy.chunked import MOST_OPENINGS, OPENINGS, framed, inside, unframed
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -68,11 +68,11 @@ class Heard:
 
     blocked = False
 
-    def feed(self, data: bytes, chunk: bytes = b"") -> None:
-        assert data, "an empty chunk would end the caller's body"
-        assert not chunk or unframed(chunk) == data
-        self.data += data
-        self.whole += bool(chunk)
+    def feed(self, data: bytes, start: int = 0) -> None:
+        assert inside(data, start), "an empty chunk would end the caller's body"
+        assert not start or unframed(data) == inside(data, start)
+        self.data += inside(data, start)
+        self.whole += bool(start)
 
     def end(self, how: wire_connection.End) -> None:
         self.end_ = how
