@@ -190,9 +190,10 @@ async def price_of_limits(settings: config.Config, times: int, redis: RedisServe
     async def one() -> None:
         await _if_far(admission.arrive(ctx, principal, plan))
         held = Reservation(1000)
-        await _if_far(admission.reserve_tokens(ctx, plan, entry, held))
-        seat = admission.seat_at_once(ctx, plan, upstreams)
-        with seat or await admission.seat_in_turn(ctx, plan, upstreams, Manner.WAIT):
+        allotment = admission.allotment(principal, plan)
+        await _if_far(admission.reserve_tokens(ctx, allotment, entry, held))
+        seat = admission.seat_at_once(ctx, allotment, upstreams)
+        with seat or await admission.seat_in_turn(ctx, allotment, upstreams, Manner.WAIT):
             pass
         await _if_far(admission.settle(held, 162))
 

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING
 
 from proxy import budgets, pricing
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from proxy import schema
     from proxy.admission import Admission
+    from proxy.allotment import Allotment
     from proxy.context import Context
     from proxy.metrics import Outcome
-    from proxy.schema import Plan
     from proxy.state import Spend, State
 
 #: An upstream that refuses has used nothing, and storing, listing and deleting ask no model. Nobody has said
@@ -51,53 +51,71 @@ class Bill(Reservation):
     spends: Sequence[Spend] = ()
 
 
-async def open_bill(
-    admission: Admission, ctx: Context, plan: Plan | None, entry: schema.Model | None, output: int
-) -> Bill:
-    """output: tokens that the answer may have at most. Raises LimitExceeded, TokensLimited, BudgetExceeded:
-    then nothing is held."""
+def open_bill(
+    admission: Admission, ctx: Context, allotment: Allotment, entry: schema.Model | None, bill: Bill
+) -> Awaitable[None] | None:
+    """Reserves `bill.most` tokens, and what they may cost; None when it is done, else what is to be awaited.
+    Raises LimitExceeded, TokensLimited, BudgetExceeded: then nothing is held."""
     if entry is None or ctx.model is None:
-        return Bill()
-    if entry.requests_per_minute is not None:
+        return None
+    if entry.requests_per_minute is None and not _has_budget(ctx, allotment):
+        return admission.reserve_tokens(ctx, allotment, entry, bill)
+    return _open_bill(admission, ctx, allotment, entry, bill)
+
+
+def _has_budget(ctx: Context, allotment: Allotment) -> bool:
+    principal = ctx.principal
+    return principal is not None and (allotment.budgeted or budgets.has_own(principal))
+
+
+async def _open_bill(
+    admission: Admission, ctx: Context, allotment: Allotment, entry: schema.Model, bill: Bill
+) -> None:
+    if entry.requests_per_minute is not None and ctx.model is not None:
         await admission.take_model_request(ctx.model, entry.requests_per_minute)
-    bill = Bill(ctx.asked_tokens + output)
-    waiting = admission.reserve_tokens(ctx, plan, entry, bill)
+    waiting = admission.reserve_tokens(ctx, allotment, entry, bill)
     if waiting is not None:
         await waiting
-    if plan is not None and ctx.principal is not None and budgets.limited(ctx.principal, plan):
-        most = Usage(ctx.asked_tokens, 0, output, 0, Source.ESTIMATED)
+    plan, principal = allotment.plan, ctx.principal
+    if plan is not None and principal is not None and _has_budget(ctx, allotment):
+        most = Usage(ctx.asked_tokens, 0, bill.most - ctx.asked_tokens, 0, Source.ESTIMATED)
         nanos = pricing.cost_nanos(most, entry.price) or 0
         try:
-            bill.spends = await admission.spend(budgets.spends(ctx.principal, plan, nanos, time.time()))
+            bill.spends = await admission.spend(budgets.spends(principal, plan, nanos, time.time()))
         except BaseException:  # a caller that leaves meanwhile too: the store may be at the end of a network
             waiting = admission.settle(bill, 0)
             if waiting is not None:
                 await waiting
             raise
-    return bill
 
 
-async def settle(
+def settle(
     admission: Admission, ctx: Context, bill: Bill, entry: schema.Model | None, error: BaseException | None
-) -> None:
-    """Gives back what was reserved and not used. `entry`: the model that answered; `error`: what ended it."""
+) -> Awaitable[None] | None:
+    """Gives back what was reserved and not used; None when it is done, else what is to be awaited. `entry`:
+    the model that answered; `error`: what ended it."""
     waiting = admission.settle(bill, ctx.used_tokens())
-    if waiting is not None:
-        await waiting
     if ctx.usage is None:
         stored = ctx.endpoint is not None and ctx.endpoint.model is Model.NONE
         ctx.usage = _NOTHING if stored or _used_nothing(ctx, error) else UNKNOWN
     if entry is not None:
         ctx.cost_picos = pricing.cost_picos(ctx.usage, entry.price)
         ctx.list_cost_picos = pricing.cost_picos(ctx.usage, entry.list_price)
-    if bill.spends:
-        nanos = (
-            0
-            if _used_nothing(ctx, error)
-            else pricing.cost_nanos(ctx.usage, None if entry is None else entry.price)
-        )
-        if nanos is not None:  # else nobody knows, and what was reserved stays spent: never overdrawn
-            await admission.settle_spend(bill.spends, nanos)
+    if not bill.spends:
+        return waiting
+    nanos: int | None = 0
+    if not _used_nothing(ctx, error):
+        nanos = pricing.cost_nanos(ctx.usage, None if entry is None else entry.price)
+    return _settle_spends(admission, bill.spends, nanos, waiting)
+
+
+async def _settle_spends(
+    admission: Admission, spends: Sequence[Spend], nanos: int | None, waiting: Awaitable[None] | None
+) -> None:
+    if waiting is not None:
+        await waiting
+    if nanos is not None:  # else nobody knows, and what was reserved stays spent: never overdrawn
+        await admission.settle_spend(spends, nanos)
 
 
 def _used_nothing(ctx: Context, error: BaseException | None) -> bool:

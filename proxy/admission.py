@@ -97,6 +97,10 @@ class Admission:
 
     # ── the caller ───────────────────────────────────────────────────────────────────────────────────────
 
+    def allotment(self, principal: Principal | None, plan: Plan | None) -> Allotment:
+        """Of a caller under its plan, for what follows; without a plan only the machine is limited."""
+        return self._allotments.of(principal, plan)
+
     def arrive(self, ctx: Context, principal: Principal, plan: Plan) -> Awaitable[None] | None:
         """Takes one request of the caller's rate, and of its plan's. Raises LimitExceeded."""
         allotment = self._allotments.of(principal, plan)
@@ -122,12 +126,12 @@ class Admission:
         self._judge(("model",), await self._take([Charge(f"model:{name}", rate, rate)]), LimitExceeded)
 
     def reserve_tokens(
-        self, ctx: Context, plan: Plan | None, entry: Model, held: Reservation
+        self, ctx: Context, allotment: Allotment, entry: Model, held: Reservation
     ) -> Awaitable[None] | None:
         """Takes `held.most` tokens, at most a full bucket of them. Raises TokensLimited."""
         scopes: tuple[str, ...] = ()
         charges: tuple[Charge, ...] = ()
-        own, rate = self._allotments.of(ctx.principal, plan).tokens, entry.tokens_per_minute
+        own, rate = allotment.tokens, entry.tokens_per_minute
         if own is not None:
             scopes, charges = ("tokens",), (so_many(own, held.most),)
         if rate is not None:
@@ -223,20 +227,19 @@ class Admission:
 
     # ── slots ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def seat_at_once(self, ctx: Context, plan: Plan | None, upstreams: Sequence[Upstream]) -> Seat | None:
+    def seat_at_once(self, ctx: Context, allotment: Allotment, upstreams: Sequence[Upstream]) -> Seat | None:
         """The caller's own slot, the machine's and one upstream's, if all of them are free: nearly always.
         None: `seat_in_turn` has to be asked, now. To be left, however the request ends."""
-        allotment = self._allotments.of(ctx.principal, plan)
         permit = self._direct.take_now(allotment.slots, self._choices_of(upstreams))
         return None if permit is None else self._seated(ctx, allotment, permit)
 
     async def seat_in_turn(
-        self, ctx: Context, plan: Plan | None, upstreams: Sequence[Upstream], manner: Manner
+        self, ctx: Context, allotment: Allotment, upstreams: Sequence[Upstream], manner: Manner
     ) -> Seat:
         """The caller's own slot at once or 429; the machine's and one upstream's together, waiting if need
         be. To be left, however the request ends."""
         began_at = monotonic()
-        allotment, choices = self._allotments.of(ctx.principal, plan), self._choices_of(upstreams)
+        choices = self._choices_of(upstreams)
         try:
             if self._near is None:
                 permit = await self._direct.try_now(Wanted(allotment.slots, choices))
@@ -245,7 +248,7 @@ class Admission:
             own = None if allotment.slot is None else await self._own_slot(allotment.slot)
             try:
                 wanted = Wanted((self._machine,), choices)
-                shared = await self._shared_slots(wanted, _ticket(ctx, plan, manner), manner)
+                shared = await self._shared_slots(wanted, _ticket(ctx, allotment.plan, manner), manner)
             except BaseException:  # a caller that leaves the queue too
                 if own is not None:
                     own.release()

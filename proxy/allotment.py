@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from proxy import budgets
 from proxy.state import Charge, Slot
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Allotment(msgspec.Struct, frozen=True):
     tokens: Charge | None = None
     slot: Slot | None = None  # its own: requests in flight
     slots: tuple[Slot, ...] = ()  # all that every request of it takes, whatever its upstream
+    budgeted: bool = False  # by its plan; a key may have a budget of its own besides
 
 
 class Allotments:
@@ -62,6 +64,7 @@ class Allotments:
             tokens=_rate(f"tokens:{principal.name}", plan.tokens_per_minute),
             slot=slot,
             slots=(self._machine,) if slot is None else (slot, self._machine),
+            budgeted=budgets.of_plan(plan),
         )
 
 
@@ -77,4 +80,5 @@ def _rate(bucket_id: str, rate: int | None) -> Charge | None:
 
 def so_many(charge: Charge, units: int) -> Charge:
     """Of the same bucket, and at most what it holds when it is full."""
-    return Charge(charge.bucket_id, charge.rate_per_minute, charge.burst, min(units, charge.burst))
+    burst = charge.burst
+    return Charge(charge.bucket_id, charge.rate_per_minute, burst, units if units < burst else burst)

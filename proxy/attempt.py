@@ -40,7 +40,7 @@ _RESULTS = {
 _BREAKS = frozenset({Reason.UPSTREAM_STALL, Reason.UPSTREAM_CUT})
 
 
-class Job(msgspec.Struct, kw_only=True):
+class Job(msgspec.Struct):
     """What is to be asked: the same for every attempt, but for the model's name.
 
     model: as the caller wrote it; None where the route has none.

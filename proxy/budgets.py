@@ -32,15 +32,18 @@ def begins_of(wall_now: float) -> tuple[float, float]:
     return day.timestamp(), day.replace(day=1).timestamp()
 
 
-def limited(principal: Principal, plan: Plan) -> bool:
-    """Has the caller any budget?"""
+def has_own(principal: Principal) -> bool:
+    """Has the caller any budget, whatever its plan?"""
+    return principal.budget_day_usd is not None or principal.budget_month_usd is not None
+
+
+def of_plan(plan: Plan) -> bool:
+    """Has everybody of this plan a budget, or all of them together?"""
     return not (
         plan.budget_day is None
         and plan.budget_month is None
         and plan.total_budget_day is None
         and plan.total_budget_month is None
-        and principal.budget_day_usd is None
-        and principal.budget_month_usd is None
     )
 
 

@@ -19,8 +19,21 @@ from proxy.errors import Refused
 _Result = TypeVar("_Result")
 
 
+def here(request: web.Request, limit: int) -> bytes:
+    """All of a body if it came with the head, as nearly always; empty: `HeldBody.read` has to wait for it.
+    Raises Refused 413."""
+    content = request.content
+    if not content.is_eof():
+        return b""
+    body = content.read_nowait()
+    if len(body) > limit:
+        raise Refused(413)
+    return body
+
+
 class HeldBody:
-    """A body that counts against `bodies` until `release`. Raises Refused 413, 408, 400; Overloaded."""
+    """A body that counts against `bodies` while it is read and looked at, until the end of the block.
+    Raises Refused 413, 408, 400; Overloaded."""
 
     __slots__ = ("_bodies", "_limit", "size")
 
@@ -29,30 +42,28 @@ class HeldBody:
         self._limit = limit
         self.size = 0
 
-    def here(self, request: web.Request) -> bytes:
-        """All of it if it came with the head, as nearly always; empty: `read` has to wait for it."""
-        content = request.content
-        if not content.is_eof():
-            return b""
-        body = content.read_nowait()
-        self._count(len(body))
-        return body
-
     async def read(self, request: web.Request, timeout_s: float) -> bytes:
-        """All of it, waiting up to `timeout_s` seconds."""
+        """All of it, waiting up to `timeout_s` seconds for what is not here."""
         declared = request.content_length
         if declared is not None and declared > self._limit:
             raise Refused(413)  # before a byte of it is read
         pieces: list[bytes] = []
-        if not request.content.is_eof():
+        if request.content.is_eof():
+            pieces.append(request.content.read_nowait())
+            self.count(len(pieces[0]))
+        else:
             await self._wait(request, timeout_s, pieces)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def release(self) -> None:
+    def __enter__(self) -> HeldBody:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._bodies.give_back(self.size)
         self.size = 0
 
-    def _count(self, size: int) -> None:
+    def count(self, size: int) -> None:
+        """So much more of it is here."""
         if self.size + size > self._limit:
             raise Refused(413)
         self._bodies.take(size)
@@ -65,7 +76,7 @@ class HeldBody:
         try:
             async with asyncio.timeout(timeout_s):
                 while piece := await request.content.readany():
-                    self._count(len(piece))
+                    self.count(len(piece))
                     pieces.append(piece)
         except TimeoutError:
             raise Refused(408) from None

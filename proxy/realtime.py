@@ -240,7 +240,11 @@ class _Session:
         plan = self._plan()
         entry = core.config.models.get(ctx.model or "")
         ctx.asked_tokens = tokens.estimate_prompt(first)
-        bill = await accounting.open_bill(core.admission, ctx, plan, entry, _most_output(entry, first))
+        allotment = core.admission.allotment(ctx.principal, plan)
+        bill = accounting.Bill(ctx.asked_tokens + _most_output(entry, first))
+        waiting = accounting.open_bill(core.admission, ctx, allotment, entry, bill)
+        if waiting is not None:
+            await waiting
         opened = False
         try:
             turns = Turns(groups, random.random)
@@ -248,9 +252,9 @@ class _Session:
             if not ranking:
                 raise nobody_available(turns)
             upstreams = [target.upstream for target in ranking]
-            seat = core.admission.seat_at_once(ctx, plan, upstreams)
+            seat = core.admission.seat_at_once(ctx, allotment, upstreams)
             if seat is None:
-                seat = await core.admission.seat_in_turn(ctx, plan, upstreams, self._manner())
+                seat = await core.admission.seat_in_turn(ctx, allotment, upstreams, self._manner())
             with seat:
                 place = next((each for each in ranking if each.upstream.name == seat.upstream), ranking[0])
                 attempt = await Dialer(core, ctx, seat, self._opening).dial(turns, place)
@@ -263,7 +267,9 @@ class _Session:
             if not opened:
                 ctx.usage = Usage(source=Source.ESTIMATED)  # nobody was asked for anything
             answered_by = core.config.models.get(ctx.model or "")
-            await accounting.settle(core.admission, ctx, bill, answered_by, sys.exception())
+            waiting = accounting.settle(core.admission, ctx, bill, answered_by, sys.exception())
+            if waiting is not None:
+                await waiting
 
     def _groups(self, name: str | None) -> Groups:
         """Whom to ask. Raises ModelNotFound, ModelNotAllowed; NotFound: the model's sessions are not opened

@@ -81,6 +81,10 @@ class Seat:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Gives everything back; a second time nothing."""
         if self._extra is not None:
             self.keep(None)
         if self._permit is not None:

@@ -58,23 +58,19 @@ class Target:
 Groups = tuple[tuple[Target, ...], ...]
 
 
-class in_use:
-    """A reload closes none of them meanwhile: each may still be asked. (A generator costs 4 us a request.)"""
+def use(groups: Groups) -> None:
+    """A reload closes none of them before `unuse`: each may still be asked. (Two plain calls: a context
+    manager costs a request an object and 0.3 us more.)"""
+    for group in groups:
+        for target in group:
+            target.upstream.users += 1
 
-    __slots__ = ("_groups",)
 
-    def __init__(self, groups: Groups) -> None:
-        self._groups = groups
-
-    def __enter__(self) -> None:
-        for group in self._groups:
-            for target in group:
-                target.upstream.users += 1
-
-    def __exit__(self, *_: object) -> None:
-        for group in self._groups:
-            for target in group:
-                target.upstream.users -= 1
+def unuse(groups: Groups) -> None:
+    """After `use`, once."""
+    for group in groups:
+        for target in group:
+            target.upstream.users -= 1
 
 
 class Targets:

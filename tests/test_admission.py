@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
@@ -119,19 +119,24 @@ class Desk:
             if waiting is not None:
                 await waiting
         entry = MODELS[step.model]
-        bill = await accounting.open_bill(self.admission, ctx, plan, entry, step.output)
+        bill, mine = Bill(ctx.asked_tokens + step.output), self.admission.allotment(ctx.principal, plan)
+        await self._if_any(accounting.open_bill(self.admission, ctx, mine, entry, bill))
         try:
-            seat = self.admission.seat_at_once(ctx, plan, self.upstreams)
+            seat = self.admission.seat_at_once(ctx, mine, self.upstreams)
             if seat is None:
-                seat = await self.admission.seat_in_turn(ctx, plan, self.upstreams, Manner.NOW)
+                seat = await self.admission.seat_in_turn(ctx, mine, self.upstreams, Manner.NOW)
         except HeadraceError as error:
-            await accounting.settle(self.admission, ctx, bill, entry, error)
+            await self._if_any(accounting.settle(self.admission, ctx, bill, entry, error))
             raise
         self.seen.append((seat.upstream, dict(ctx.allowance)))
         if step.used is not None:
             ctx.usage = Usage(step.used, 0, 0, 0, Source.REPORTED)
         ctx.reached_upstream = ctx.committed = True
         self.inside.append((step.stays, ctx, bill, seat))
+
+    async def _if_any(self, waiting: Awaitable[None] | None) -> None:
+        if waiting is not None:
+            await waiting
 
     async def leave(self, *, all_of_them: bool = False) -> None:
         """Those whose time is over."""
@@ -143,7 +148,8 @@ class Desk:
             assert seat is not None
             with seat:
                 pass
-            await accounting.settle(self.admission, ctx, bill, MODELS[int((ctx.model or "")[1:])], None)
+            entry = MODELS[int((ctx.model or "")[1:])]
+            await self._if_any(accounting.settle(self.admission, ctx, bill, entry, None))
         if self.state.near is None:  # what is given back there takes a turn of the loop
             for _ in range(3):
                 await asyncio.sleep(0)
@@ -216,7 +222,7 @@ async def test_what_is_counted_of_a_seat_at_once() -> None:
     with counters(MemoryState, "enforce") as desk:
         ctx = Context("id", None, "/", 0.0)
         ctx.principal, plan = CALLERS[1]
-        seat = desk.admission.seat_at_once(ctx, plan, desk.upstreams)
+        seat = desk.admission.seat_at_once(ctx, desk.admission.allotment(ctx.principal, plan), desk.upstreams)
         assert seat is not None
         assert desk.metrics.limit_decisions.values == {("in_flight", "allowed"): 1, ("global", "allowed"): 1}
         assert ctx.queue_s == 0.0
@@ -227,13 +233,13 @@ async def test_a_reload_changes_the_slots_that_are_taken() -> None:
     """Limits that are set again hold for the next request, whatever was prepared for the old ones."""
     with counters(MemoryState, "enforce") as desk:
         ctx = Context("id", None, "/", 0.0)
-        first = desk.admission.seat_at_once(ctx, None, desk.upstreams)
+        first = desk.admission.seat_at_once(ctx, desk.admission.allotment(None, None), desk.upstreams)
         desk.admission.limits = Limits(max_in_flight=1)
-        assert desk.admission.seat_at_once(ctx, None, desk.upstreams) is None
+        assert desk.admission.seat_at_once(ctx, desk.admission.allotment(None, None), desk.upstreams) is None
         assert first is not None
         with first:
             pass
-        second = desk.admission.seat_at_once(ctx, None, desk.upstreams)
+        second = desk.admission.seat_at_once(ctx, desk.admission.allotment(None, None), desk.upstreams)
         assert second is not None
         await desk.close()
 
@@ -245,7 +251,8 @@ async def test_orders_of_upstreams_are_forgotten(monkeypatch: pytest.MonkeyPatch
         one, two = desk.upstreams
         for _ in range(2):
             for order in ([one, two], [two, one]):
-                seat = desk.admission.seat_at_once(Context("id", None, "/", 0.0), None, order)
+                everybody = desk.admission.allotment(None, None)
+                seat = desk.admission.seat_at_once(Context("id", None, "/", 0.0), everybody, order)
                 assert seat is not None
                 with seat:
                     assert seat.upstream == order[0].name
