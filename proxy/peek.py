@@ -28,7 +28,7 @@ from proxy.errors import BadRequest
 _Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 
 
-class Peek(msgspec.Struct):
+class Peek(msgspec.Struct, gc=False):
     """The fields that route, authorise or bill."""
 
     model: Annotated[str, msgspec.Meta(max_length=256)] | None = None

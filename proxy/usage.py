@@ -38,6 +38,8 @@ _TRIES = 32
 _JSON_TAIL = 65536
 _NOT_NULL = re.compile(rb'"usage"(?!:null)')
 _BLANK_LINE = re.compile(rb"\n[\r\n]|\r\r")
+_NULL = b":null"
+_KEY_BYTES, _NULL_END = len(KEY), len(KEY) + len(_NULL)
 
 
 class Source(StrEnum):
@@ -46,7 +48,7 @@ class Source(StrEnum):
     UNKNOWN = "unknown"
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one answer. `cached_tokens` are part of the prompt, `reasoning_tokens` of the completion.
 
     With source `unknown` the counts mean nothing.
@@ -66,7 +68,7 @@ _ANTHROPIC = Dialect.ANTHROPIC
 _RESPONSES = Dialect.RESPONSES
 
 
-class Report(msgspec.Struct, frozen=True):
+class Report(msgspec.Struct, frozen=True, gc=False):
     """What one usage object says; None where it says nothing. `fresh`: prompt tokens from no cache."""
 
     fresh: int | None = None
@@ -103,16 +105,17 @@ class Report(msgspec.Struct, frozen=True):
 
     def usage(self) -> Usage | None:
         """None unless both sides are known: the first half of a stream's report is no report."""
-        prompt, completion = self.prompt, self.completion
-        if prompt is None or completion is None:
+        fresh, completion = self.fresh, self.completion
+        if fresh is None or completion is None:
             return None
-        return Usage(prompt, self.cached or 0, completion, self.reasoning or 0, _REPORTED)
+        cached = self.cached or 0
+        return Usage(fresh + cached + (self.written or 0), cached, completion, self.reasoning or 0, _REPORTED)
 
 
 # ── what upstreams send ──────────────────────────────────────────────────────────────────────────────────
 
 
-class Counts(msgspec.Struct):
+class Counts(msgspec.Struct, gc=False):
     """A usage object, in all dialects. Any: a value of a wrong type spoils itself, not its neighbours."""
 
     prompt_tokens: Any = None
@@ -150,21 +153,22 @@ class Counts(msgspec.Struct):
         if cached > prompt:
             cached = prompt
         details = self.completion_tokens_details or self.output_tokens_details
-        reasoning = None if details is None else _detail(details, "reasoning_tokens")
+        reasoning = _detail(details, "reasoning_tokens") if details else None
         total = self.total_tokens
-        beside = 0 if total == prompt + completion else (_count(total) or 0) - prompt - completion
-        if beside > 0 and reasoning in (None, beside):
-            # xAI (docs.x.ai) and Gemini count reasoning beside the completion, Gemini's compatible endpoint
-            # in the total alone (new-api issue 1014); it is billed as output.
-            reasoning = beside
-            completion += beside
+        if total != prompt + completion:
+            beside = (_count(total) or 0) - prompt - completion
+            if beside > 0 and reasoning in (None, beside):
+                # xAI (docs.x.ai) and Gemini count reasoning beside the completion, Gemini's compatible
+                # endpoint in the total alone (new-api issue 1014); it is billed as output.
+                reasoning = beside
+                completion += beside
         if reasoning is None or reasoning > completion:
             reasoning = completion if reasoning else 0
         return Report(prompt - cached, cached, 0, completion, reasoning)
 
     def _cached(self) -> int | None:
         details = self.prompt_tokens_details or self.input_tokens_details
-        hit = None if details is None else _detail(details, "cached_tokens")
+        hit = _detail(details, "cached_tokens") if details else None
         if hit is None and self.prompt_cache_hit_tokens is not None:
             return _count(self.prompt_cache_hit_tokens)
         return hit
@@ -184,7 +188,7 @@ class Counts(msgspec.Struct):
         return (prompt, total - prompt) if prompt is not None and prompt <= total else None
 
 
-class _Inner(msgspec.Struct):
+class _Inner(msgspec.Struct, gc=False):
     usage: Counts | None = None
 
 
@@ -298,7 +302,7 @@ def _mentions(tail: bytes | bytearray) -> Iterator[int]:
     """Positions of the key, last first; those that are plainly null cost nothing."""
     at, tries = tail.rfind(KEY), 0
     while at >= 0 and tries < _TRIES:
-        if not tail.startswith(b":null", at + len(KEY)):
+        if tail[at + _KEY_BYTES : at + _NULL_END] != _NULL:  # `startswith` takes twice as long
             tries += 1
             yield at
         at = tail.rfind(KEY, 0, at)
