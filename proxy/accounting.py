@@ -45,7 +45,7 @@ _numbers = itertools.count()
 _ENDED_BY_UPSTREAM = (Reason.UPSTREAM_ERROR, Reason.UPSTREAM_CUT)
 
 
-class Bill(Reservation):
+class Bill(Reservation, gc=False):
     """What was reserved."""
 
     spends: Sequence[Spend] = ()

@@ -46,7 +46,7 @@ OPEN_PLAN = "open"
 _REMEMBERED = 1024
 
 
-class Reservation(msgspec.Struct):
+class Reservation(msgspec.Struct, gc=False):
     """Tokens that were taken for a request whose real usage is not known yet: `most` of them, if the buckets
     hold so many."""
 

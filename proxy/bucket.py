@@ -79,8 +79,10 @@ def settle(tat_ns: int, rate_per_minute: float, burst: int, delta: int, now: flo
     """
     interval, capacity = shape(rate_per_minute, burst)
     now_ns = int(now * 1e9)
-    if delta <= 0:
-        return max(tat_ns + delta * interval, min(tat_ns, now_ns))
+    if delta <= 0:  # by comparisons: `min` and `max` take ten times as long
+        full = tat_ns if tat_ns < now_ns else now_ns
+        given_back = tat_ns + delta * interval
+        return given_back if given_back > full else full
     return min(max(tat_ns, now_ns) + delta * interval, max(tat_ns, now_ns + 2 * capacity))
 
 

@@ -36,7 +36,7 @@ class Charge(msgspec.Struct, frozen=True, gc=False):
     amount: int = 1
 
 
-class Slot(msgspec.Struct, frozen=True, gc=False):
+class Slot(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """One of `limit` places for requests in flight."""
 
     name: str

@@ -20,7 +20,7 @@ Microseconds a call, with its await (minimum of 5 runs of 20,000; 2-core VM, Pyt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -48,7 +48,7 @@ def attach(fd: int, owner: int) -> MemoryState:
     return MemoryState(fd, owner)
 
 
-class Held(msgspec.Struct):
+class Held(msgspec.Struct, gc=False):
     """Slots of this store. `words` are the owner's own counts; those of names without a cell are missing."""
 
     slots: Sequence[Slot]
@@ -74,7 +74,13 @@ class MemoryState(Counters):
 
     def take_now(self, charges: Sequence[Charge], now: float) -> list[Decision]:
         if len(charges) == 1:  # nearly always
-            return [self._take_one(charges[0], now)]
+            if self._words[SEEN] == 1:
+                return [self._take_one(charges[0], now)]
+            try:
+                self._lock((self._buckets.place(charges[0].bucket_id),))
+                return [self._take_one(charges[0], now)]
+            finally:
+                self._unlock()
         places = [self._buckets.place(charge.bucket_id) for charge in charges]
         try:
             self._lock(places)
@@ -95,24 +101,17 @@ class MemoryState(Counters):
         return decisions
 
     def _take_one(self, charge: Charge, now: float) -> Decision:
-        """As `take`."""
+        """As `take`, under the lock or alone."""
         words, table, name = self._words, self._buckets, charge.bucket_id
-        shared = words[SEEN] != 1
-        try:
-            if shared:
-                self._lock((table.place(name),))
-            value = table.cells.get(name)
-            if value is None:
-                value = table.look(name)
-            before = words[value] if value >= 0 else 0
-            tat, decision = bucket.take(before, charge.rate_per_minute, charge.burst, charge.amount, now)
-            if value >= 0:
-                words[value] = tat
-            elif decision.allowed:
-                self._write_tats({table.place(name): tat}, now)
-        finally:
-            if shared:
-                self._unlock()
+        value = table.cells.get(name)
+        if value is None:
+            value = table.look(name)
+        before = words[value] if value >= 0 else 0
+        tat, decision = bucket.take(before, charge.rate_per_minute, charge.burst, charge.amount, now)
+        if value >= 0:
+            words[value] = tat
+        elif decision.allowed:
+            self._write_tats({table.place(name): tat}, now)
         return decision
 
     async def settle(self, charges: Sequence[Charge], now: float) -> None:
@@ -184,11 +183,10 @@ class MemoryState(Counters):
         return self.acquire_now(slots, now)
 
     def acquire_now(self, slots: Sequence[Slot], now: float) -> Held | None:
-        now_ns = int(now * 1e9)
-        if now_ns > self._silent_until:
-            self._sign(now_ns)
+        if now * 1e9 > self._silent_until:
+            self._sign(int(now * 1e9))
         held = self._acquire(slots)
-        if held is None and self._reap(now_ns):
+        if held is None and self._reap(int(now * 1e9)):
             return self._acquire(slots)
         return held
 
@@ -221,8 +219,7 @@ class MemoryState(Counters):
     def _acquire(self, slots: Sequence[Slot]) -> Held | None:
         """One after the other; what was taken is given back at the first that is full. Under the lock nobody
         sees the difference, and who is killed holds nothing: its epoch is over."""
-        words, owner = self._words, self._owner
-        table, cells = self._slots, self._slots.cells
+        words, table = self._words, self._slots
         mine: list[int] = []
         held = Held(slots, mine, words[self._row + EPOCH])
         fresh = held.epoch << _COUNT_BITS
@@ -230,31 +227,41 @@ class MemoryState(Counters):
         try:
             if shared:
                 self._lock([table.place(slot.name) for slot in slots])
-            for slot in slots:
-                value = cells.get(slot.name)
-                if value is None:
-                    value = table.look(slot.name)
-                    if value < 0:
-                        if not slot.limit:
-                            break
-                        value = self._new_slot(table.place(slot.name), fresh)
-                        if value < 0:
-                            continue  # not counted
-                at = value + owner
+            known = None if shared else table.together.get(tuple(slots))
+            for at, limit in known or self._found(slots, fresh):
+                if not limit:
+                    break
                 word = words[at]
                 if word < fresh:  # of an earlier epoch
                     word = fresh
-                if (self._count(value) if shared else word - fresh) >= slot.limit:
+                if (self._count(at - self._owner) if shared else word - fresh) >= limit:
                     break
                 words[at] = word + 1
                 mine.append(at)
             else:
+                if known is None and not shared and len(mine) == len(slots):
+                    limits = [slot.limit for slot in slots]
+                    table.remember(tuple(slots), tuple(zip(mine, limits, strict=True)))
                 return held
             self.release_now(held)
             return None
         finally:
             if shared:
                 self._unlock()
+
+    def _found(self, slots: Sequence[Slot], fresh: int) -> Iterator[tuple[int, int]]:
+        """The word of each slot, and its limit. One that is not counted is passed over. The next is looked
+        for when the one before is taken: until then its cell is idle, and a new name could get it."""
+        table, owner = self._slots, self._owner
+        for slot in slots:
+            value = table.cells.get(slot.name)
+            if value is None:
+                value = table.look(slot.name)
+                if value < 0 and slot.limit:
+                    value = self._new_slot(table.place(slot.name), fresh)
+                    if value < 0:
+                        continue
+            yield value + owner, slot.limit
 
     def _new_slot(self, place: Place, fresh: int) -> int:
         """A cell with nothing taken, or -1. What this call has taken already is not idle."""

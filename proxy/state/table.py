@@ -34,6 +34,10 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from proxy.state import Slot
 
 _MAGIC = 0x6865616472616365  # also the version of this layout
 _WAYS = 64
@@ -112,6 +116,8 @@ class Table:
         #: Values of names, at most `_REMEMBERED`. Of use while this process is alone: then nobody else moves
         #: a cell. `_lock` empties it.
         self.cells: dict[str, int] = {}
+        #: The same of slots that are taken together: the word of each, and its limit. As many, and as long.
+        self.together: dict[tuple[Slot, ...], tuple[tuple[int, int], ...]] = {}
 
     def _place(self, name: str) -> Place:
         digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16, key=self._secret).digest()
@@ -124,9 +130,20 @@ class Table:
         value = self.find(self.place(name))
         if value >= 0 and self._words[SEEN] == 1:
             if len(self.cells) >= _REMEMBERED:
-                self.cells.clear()
+                self.forget()
             self.cells[name] = value
         return value
+
+    def remember(self, slots: tuple[Slot, ...], words: tuple[tuple[int, int], ...]) -> None:
+        """For `together`."""
+        if len(self.together) >= _REMEMBERED:
+            self.forget()
+        self.together[slots] = words
+
+    def forget(self) -> None:
+        """Every cell is looked for again."""
+        self.cells.clear()
+        self.together.clear()
 
     def find(self, place: Place) -> int:
         """The word index of its value, or -1."""
@@ -147,7 +164,7 @@ class Table:
         for way in range(_WAYS):
             if idle(self._value(place, way)):
                 words[place.keys + 2 * way] = 0
-                self.cells.clear()  # it may be one of these
+                self.forget()  # it may be one of these
                 return self._remember(place, way)
         return -1
 
@@ -254,7 +271,7 @@ class Counters:
         if self._words[SEEN] == 1:
             return
         for table in (self._buckets, self._slots):
-            table.cells.clear()  # of a time when it was alone
+            table.forget()  # of a time when it was alone
         if len(places) == 1:
             fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, places[0].keys * _WORD)
             return
