@@ -260,9 +260,10 @@ class Admission:
             ctx.queue_s = monotonic() - began_at
 
     def _seated(self, ctx: Context, allotment: Allotment, permit: Permit) -> Seat:
+        counts = self._decisions
         if allotment.slot is not None:
-            self._decisions["in_flight", "allowed"] += 1
-        self._decisions["global", "allowed"] += 1
+            counts["in_flight", "allowed"] += 1
+        counts["global", "allowed"] += 1
         ctx.queue_s = 0.0
         return Seat(permit, None, self._direct, self._choices_of)
 
@@ -334,16 +335,18 @@ class Admission:
         self, scopes: Sequence[str], decisions: Sequence[Decision], refusal: type[LimitExceeded]
     ) -> bool:
         """Counts each decision; are all allowed? The longest wait of those that refuse is the caller's."""
-        wait_s = 0.0
+        counts, wait_s = self._decisions, 0.0
         for scope, decision in zip(scopes, decisions, strict=True):
             if decision.allowed:
-                self._decisions[scope, "allowed"] += 1
+                counts[scope, "allowed"] += 1
             else:
-                self._decisions[scope, self._refused] += 1
+                counts[scope, self._refused] += 1
                 wait_s = max(wait_s, decision.retry_after_s)
-        if wait_s > 0 and self._enforces:
+        if not wait_s:
+            return True
+        if self._enforces:
             raise refusal(wait_s)
-        return wait_s == 0
+        return False
 
     def _count(self, scope: str, *, allowed: bool) -> None:
         self._decisions[scope, "allowed" if allowed else self._refused] += 1

@@ -150,13 +150,13 @@ class Direct:
     def take_now(self, base: tuple[Slot, ...], choices: Choices) -> Permit | None:
         """The first choice that is free, with the base. None: there is none, or others wait for it, or the
         store is not near, and then `try_now` has to be asked."""
-        near = self.near
+        near, clock = self.near, self.clock  # a callable that is looked up in its object is called slowly
         if near is None:
             return None
         if self.contended:
             choices = self._uncontended(base, choices)
         for upstream, slot in choices:
-            lease = near.acquire_now((*base, slot), self.clock())
+            lease = near.acquire_now((*base, slot), clock())
             if lease is not None:
                 return Permit(upstream, base, self, lease)
         return None

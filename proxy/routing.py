@@ -85,6 +85,10 @@ class Turns(Generic[C]):
         """Those of the first group that can answer, best first; those that are full only after all others.
         Empty: nobody can."""
         for group in self._groups:
+            if len(group) == 1:  # as often as not, and without the frame of a comprehension
+                if group[0].ready:
+                    return [group[0]]
+                continue
             ready = [candidate for candidate in group if candidate.ready]
             if len(ready) > 1:
                 return self._ranked(ready)
