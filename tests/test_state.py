@@ -509,7 +509,11 @@ async def test_slots_against_a_plain_count(owners: int, seed: int) -> None:
     chance, states = random.Random(seed), [shared.attach(fd, owner) for owner in range(owners)]
     names = [f"slot:{number}" for number in range(12)]
     taken, leases = dict.fromkeys(names, 0), []
-    for _ in range(600):
+    together = [
+        tuple([Slot(name, chance.randrange(4)) for name in chance.choices(names, k=chance.randint(1, 4))])
+        for _ in range(60)
+    ]
+    for _ in range(900):
         state = chance.choice(states)
         if leases and chance.random() < 0.45:
             owner, lease = leases.pop(chance.randrange(len(leases)))
@@ -517,9 +521,7 @@ async def test_slots_against_a_plain_count(owners: int, seed: int) -> None:
             for name in lease.names:
                 taken[name] -= 1
         else:
-            slots = [
-                Slot(name, chance.randrange(4)) for name in chance.choices(names, k=chance.randint(1, 4))
-            ]
+            slots = chance.choice(together)
             lease = state.acquire_now(slots, NOW)
             wanted = dict(taken)
             fits = all([_count_up(wanted, slot) for slot in slots])
