@@ -24,9 +24,14 @@ from aiohttp.web_protocol import _PAYLOAD_ACCESS_ERROR, ERROR, RequestHandler, _
 
 from proxy import headers
 from proxy.errors import Dialect, HeadraceError, Overloaded, Refused
+from proxy.ready import Ready
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from proxy.downstream import Listener
+
+    Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 #: Linux also ends a connection whose reader is merely slow (a closed window) after this, so it is never less
 #: than `timeouts.write` and some slack.
@@ -42,6 +47,9 @@ _SLOTS = frozenset(
         "_messages",
         "_waiter",
         "_current_request",
+        "_request_in_progress",
+        "_handler_waiter",
+        "_paused",
         "_request_handler",
         "_request_factory",
         "_task_handler",
@@ -67,6 +75,7 @@ _METHODS = (
     "force_close",
     "_handle_request",
     "_make_error_handler",
+    "_drain_helper",
     "_process_keepalive",
     "_resume_reading_if_drained",
 )
@@ -173,24 +182,27 @@ class Connection(RequestHandler):
 
     async def _answered(self, message: Any, payload: Any) -> bool:
         """False: the caller has left. What goes wrong here ends the connection."""
-        handler, factory = self._request_handler, self._request_factory
-        assert handler is not None
-        assert factory is not None
-        if isinstance(message, _ErrInfo):
-            message, handler = ERROR, self._make_error_handler(message)
-        self._listener.requests_count += 1
-        task = cast("asyncio.Task[None]", self._task_handler or asyncio.current_task())
-        request = factory(message, payload, self, StreamWriter(self, self._loop), task)
+        request, handler = self._asked(message, payload)
+        self._request_in_progress = True  # a shutdown waits for it
+        self._current_request = request
         try:
-            response, reset = await self._handle_request(request, None, handler)
-            if reset:
-                return False
+            try:
+                response = await handler(request)
+            except Exception as error:
+                await self._by_aiohttp(request, error)
+            else:
+                self._current_request = None
+                # The usual answer: aiohttp's way took 2 % of a short request, and adds nothing to it.
+                if isinstance(response, Ready) and response.sent(request):
+                    self._keepalive = True
+                    if self._paused:
+                        await self._drain_helper()
+                else:
+                    await self._by_aiohttp(request, response)
             if self.transport is not None and not self._messages:
                 self._listener.idle[self] = None
-            self._keepalive = bool(response.keep_alive)
-            if not payload.is_eof():
-                await self._linger(payload)
-            payload.set_exception(_PAYLOAD_ACCESS_ERROR)
+            if not payload.at_eof():
+                await self._forbid(payload)
         except ConnectionError:
             return False
         except Exception as error:
@@ -200,8 +212,44 @@ class Connection(RequestHandler):
             self.force_close()
             raise
         finally:
-            request._task = None  # type: ignore[assignment] # it breaks a cycle, as aiohttp does
+            self._over(request)
         return True
+
+    def _asked(self, message: Any, payload: Any) -> tuple[web.BaseRequest, Handler]:
+        handler, factory = self._request_handler, self._request_factory
+        assert handler is not None
+        assert factory is not None
+        if isinstance(message, _ErrInfo):
+            message, handler = ERROR, self._make_error_handler(message)
+        self._listener.requests_count += 1
+        task = cast("asyncio.Task[None]", self._task_handler or asyncio.current_task())
+        return factory(message, payload, self, StreamWriter(self, self._loop), task), handler
+
+    def _over(self, request: web.BaseRequest) -> None:
+        self._current_request = None
+        self._request_in_progress = False
+        if self._handler_waiter is not None and not self._handler_waiter.done():
+            self._handler_waiter.set_result(None)
+        request._task = None  # type: ignore[assignment] # it breaks a cycle, as aiohttp does
+
+    async def _by_aiohttp(self, request: web.BaseRequest, outcome: web.StreamResponse | Exception) -> None:
+        """Sends what a handler has answered or raised. Raises ConnectionError: the caller has left."""
+
+        async def handler(_: web.BaseRequest) -> web.StreamResponse:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        response, reset = await self._handle_request(request, None, handler)
+        if reset:
+            raise ConnectionResetError
+        self._keepalive = bool(response.keep_alive)
+
+    async def _forbid(self, payload: Any) -> None:
+        """What nobody has read of a body is read by nobody."""
+        if not payload.is_eof():
+            await self._linger(payload)
+        payload.set_exception(_PAYLOAD_ACCESS_ERROR)
 
     async def _linger(self, payload: Any) -> None:
         """Reads what a refused caller still sends, for a while: a reset would destroy our answer."""

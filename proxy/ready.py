@@ -100,36 +100,50 @@ class Ready(web.StreamResponse):
     """A whole answer."""
 
     def __init__(self, ctx: Context, whole: WholeAnswer, own: Own) -> None:
-        super().__init__(status=whole.status, reason=whole.reason)
+        # Not aiohttp's: what that makes is looked at by nobody, as long as the answer is the usual one.
         self._ctx = ctx
         self._whole = whole
         self._own = own
         self._by_aiohttp: web.Response | None = None
-        self._asked: web.BaseRequest | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """What aiohttp's constructor sets. Whoever looks at that may change it, so aiohttp sends it then."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._plain(), name)
+
+    def _plain(self) -> web.Response:
+        if self._by_aiohttp is None:
+            ctx, whole = self._ctx, self._whole
+            fields = multidict_of(ctx, whole, self._own)
+            self._by_aiohttp = web.Response(
+                status=whole.status, reason=whole.reason, body=whole.body, headers=fields
+            )
+        return self._by_aiohttp
 
     @property
     def keep_alive(self) -> bool | None:
         return True if self._by_aiohttp is None else self._by_aiohttp.keep_alive
 
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Sends it. Raises ConnectionResetError if the caller has closed."""
-        ctx, whole, own = self._ctx, self._whole, self._own
+    def sent(self, request: web.BaseRequest) -> bool:
+        """Sends it if it is a usual one. Raises ConnectionResetError if the caller has closed."""
+        whole = self._whole
         body = whole.body
-        head = rendered(request, ctx, whole, own, f"Content-Length: {len(body)}") if body else None
+        if not body or self._by_aiohttp is not None:
+            return False
+        head = rendered(request, self._ctx, whole, self._own, f"Content-Length: {len(body)}")
         if head is None:
-            fields = multidict_of(ctx, whole, own)
-            response = web.Response(status=whole.status, reason=whole.reason, body=body, headers=fields)
-            self._by_aiohttp = response
-            return await response.prepare(request)
+            return False
         _open_transport(request).write(head + body)
-        self._asked = request
-        return request.writer
+        return True
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """For aiohttp. Sends it. Raises ConnectionResetError if the caller has closed."""
+        return request.writer if self.sent(request) else await self._plain().prepare(request)
 
     async def write_eof(self, data: bytes = b"") -> None:
         if self._by_aiohttp is not None:
             await self._by_aiohttp.write_eof(data)
-        elif self._asked is not None:
-            await self._asked.writer.drain()
 
 
 class Begun(web.StreamResponse):

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from proxy import ready
+from proxy.attempt import WholeAnswer
+from proxy.context import Context
 from tests.kit.callers import Answer, Caller, chat
 from tests.kit.headrace import running, settings_for, until
 from tests.kit.keys import auth_section, bearer, make_key
@@ -159,3 +162,21 @@ async def test_other_answers(status: str, body: bytes, kind: str, expected: tupl
     assert head[0] == f"HTTP/1.1 {status}"
     found = answer.headers.get("content-length"), answer.headers.get("content-type")
     assert (str(answer.status), *found) == expected
+
+
+async def test_an_answer_that_is_looked_at() -> None:
+    """Then it is aiohttp's, as it is and with what may have been changed."""
+    ctx = Context("mine", None, "/v1/chat/completions", 0.0)
+    whole = WholeAnswer(200, "OK", ((b"Content-Type", b"text/plain"), (b"Server", b"gone")), b"x")
+    answer = ready.Ready(ctx, whole, ready.Own("\r\nx-headrace-attempts: 1", frozenset()))
+    assert (answer.status, answer.reason, answer.prepared, answer.keep_alive) == (200, "OK", False, None)
+    assert dict(answer.headers) == {
+        "Content-Type": "text/plain",
+        "x-headrace-attempts": "1",
+    }
+    answer.headers["Vary"] = "Origin"
+    assert answer.headers["Vary"] == "Origin"
+    assert not answer.sent(make_mocked_request("GET", "/"))
+    assert not hasattr(answer, "__http_exception__")
+    with pytest.raises(AttributeError):
+        answer.nothing  # noqa: B018 # the look is the test
