@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from aiohttp import HttpVersion10, HttpVersion11, http_exceptions, web
 from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http import StreamWriter
 from aiohttp.web_protocol import _PAYLOAD_ACCESS_ERROR, ERROR, RequestHandler, _ErrInfo
 
 from proxy import headers
@@ -41,6 +40,8 @@ _USER_TIMEOUT_SLACK_S = 5.0
 #: (tcp_wmem), and 200 slow readers were given 840 MB before the first was noticed. Measured: 260 MB.
 _UNSENT_BYTES = 2**17
 _VERSIONS = (HttpVersion11, HttpVersion10)
+#: aiohttp calls what it cannot parse HTTP/1.0, and would answer in kind.
+_UNPARSED = ERROR._replace(version=HttpVersion11)
 #: Private names of aiohttp's connection that are used below.
 _SLOTS = frozenset(
     {
@@ -51,7 +52,6 @@ _SLOTS = frozenset(
         "_handler_waiter",
         "_paused",
         "_request_handler",
-        "_request_factory",
         "_task_handler",
         "_keepalive",
         "_keepalive_handle",
@@ -84,13 +84,14 @@ _METHODS = (
 class Connection(RequestHandler):
     """One caller's connection."""
 
-    __slots__ = ("_counted", "_head_timer", "_listener", "_received", "fresh")
+    __slots__ = ("_counted", "_head_timer", "_listener", "_received", "address", "fresh")
 
     def __init__(self, listener: Listener, **kwargs: Any) -> None:
         super().__init__(listener, **kwargs)
         self._listener = listener
         self._counted = False
         self._received = False
+        self.address: str | None = None  # as `request.remote` has it
         self.fresh = True  # no request has come yet
         self._head_timer: asyncio.TimerHandle | None = None
 
@@ -107,6 +108,8 @@ class Connection(RequestHandler):
         listener.idle[self] = None
         self._counted = True
         super().connection_made(transport)
+        name = self.peername
+        self.address = None if name is None else str(name[0] if isinstance(name, tuple) else name)
         _tune(transport, listener.limits.write_s)
         self._expect_head()
 
@@ -216,14 +219,14 @@ class Connection(RequestHandler):
         return True
 
     def _asked(self, message: Any, payload: Any) -> tuple[web.BaseRequest, Handler]:
-        handler, factory = self._request_handler, self._request_factory
+        handler, listener = self._request_handler, self._listener
         assert handler is not None
-        assert factory is not None
+        listener.requests_count += 1
         if isinstance(message, _ErrInfo):
-            message, handler = ERROR, self._make_error_handler(message)
-        self._listener.requests_count += 1
-        task = cast("asyncio.Task[None]", self._task_handler or asyncio.current_task())
-        return factory(message, payload, self, StreamWriter(self, self._loop), task), handler
+            request = listener.factory(_UNPARSED, payload, self)
+            request._match_info = None  # its answer is nobody's but `handle_error`'s
+            return request, self._make_error_handler(message)
+        return listener.factory(message, payload, self), handler
 
     def _over(self, request: web.BaseRequest) -> None:
         self._current_request = None
@@ -294,7 +297,6 @@ class Connection(RequestHandler):
         if request.writer.output_size > 0 or isinstance(exc, ConnectionError):
             raise ConnectionError("an answer was under way, or its caller has left")
         error = HeadraceError() if status == 500 else Refused(_status_of(exc))
-        request._version = HttpVersion11  # aiohttp calls what it cannot parse HTTP/1.0
         chosen = headers.request_id(None)
         self._listener.refused(error, chosen, request.remote or "")
         response = web.Response(

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 
+from proxy import downstream
 from proxy.endpoints import TABLE, Endpoint, Model
 from proxy.errors import REFUSALS
 from tests.kit.callers import Answer, Caller, ask, chat, post
@@ -1224,3 +1226,25 @@ async def test_upstream_refuses_the_connection() -> None:
             await headrace.quiet()
     finally:
         sock.close()
+
+
+async def test_requests_are_those_of_aiohttps_constructor() -> None:
+    """What is left out is made when it is asked for; and a copy is aiohttp's."""
+
+    async def handler(_: web.Request) -> web.StreamResponse:
+        raise AssertionError("nobody asks")
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    theirs = make_mocked_request("POST", "/v1/x?y=1", headers={"Host": "here", "Content-Type": "text/plain"})
+    connection = theirs.protocol
+    connection.address = theirs.remote  # type: ignore[attr-defined]
+    make = downstream.requests_of(app, theirs.match_info)  # type: ignore[arg-type]
+    for ours in (made := make(theirs._message, theirs.content, connection), made.clone()):
+        for name in ("method", "version", "headers", "raw_headers", "raw_path", "remote", "keep_alive"):
+            assert getattr(ours, name) == getattr(theirs, name), name
+        for name in ("path", "host", "scheme", "query_string", "content_type", "url", "content", "protocol"):
+            assert getattr(ours, name) == getattr(theirs, name), name
+        assert ours.writer is ours.writer
+        assert ours.app is theirs.app
+        assert (len(ours), ours.client_max_size) == (0, app._client_max_size)
