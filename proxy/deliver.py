@@ -172,7 +172,7 @@ class Delivery:
         ctx, request, own = self._ctx, self._request, self._own(exchange.status, streamed=True)
         head = None
         if not content_type:
-            head = ready.rendered(request, ctx, exchange, own, "Transfer-Encoding: chunked")
+            head = ready.rendered(request, ctx, exchange, own)
         if head is not None:
             ctx.goes_out_by(request.transport)
             self._response, ctx.status = ready.Begun(request, head), exchange.status

@@ -66,6 +66,8 @@ _SLOTS = frozenset(
         "_buffer_paused",
     }
 )
+#: `super()` is an object more with every read.
+_parse = RequestHandler.data_received
 _METHODS = (
     "connection_made",
     "data_received",
@@ -116,13 +118,12 @@ class Connection(RequestHandler):
     def data_received(self, data: bytes) -> None:
         if not self._counted:
             return
-        super().data_received(data)
-        if self._messages:
-            self._check_messages()
+        _parse(self, data)
         if self._messages or self._current_request is not None:
             self._listener.idle.pop(self, None)
             self.fresh = False
-            self._head_done()
+            if self._received or self._head_timer is not None:
+                self._head_done()
         elif self._head_timer is None and self._waiter is not None and not self._waiter.done():
             self._received = True
             self._expect_head()
@@ -134,21 +135,6 @@ class Connection(RequestHandler):
         bytecodes. Whatever waits to be parsed has paused something."""
         if self._reading_paused or self._buffer_paused:
             super().resume_reading(resume_parser)
-
-    def _check_messages(self) -> None:
-        """llhttp lets HTTP/0.9 and HTTP/2.0 pass, and aiohttp would answer in kind (measured).
-
-        A chunked request is its connection's last: aiohttp 3.14.5 takes the last trailer for the first field
-        of the next request (measured), which behind a proxy may be another caller's.
-        """
-        for at, (message, payload) in enumerate(self._messages):
-            if isinstance(message, _ErrInfo):
-                continue
-            if message.version not in _VERSIONS:
-                refusal = _ErrInfo(status=505, exc=_UnknownVersion(), message="")
-                self._messages[at] = (refusal, payload)
-            elif message.chunked and not message.should_close:
-                self._messages[at] = (message._replace(should_close=True), payload)
 
     async def start(self) -> None:
         """Answers this connection's requests, one after another, in its own task.
@@ -222,10 +208,17 @@ class Connection(RequestHandler):
         handler, listener = self._request_handler, self._listener
         assert handler is not None
         listener.requests_count += 1
+        if not isinstance(message, _ErrInfo) and message.version not in _VERSIONS:
+            # llhttp lets HTTP/0.9 and HTTP/2.0 pass, and aiohttp would answer in kind (measured).
+            message = _ErrInfo(status=505, exc=_UnknownVersion(), message="")
         if isinstance(message, _ErrInfo):
             request = listener.factory(_UNPARSED, payload, self)
             request._match_info = None  # its answer is nobody's but `handle_error`'s
             return request, self._make_error_handler(message)
+        if message.chunked and not message.should_close:
+            # A chunked request is its connection's last: aiohttp 3.14.5 takes the last trailer for the first
+            # field of the next request (measured), which behind a proxy may be another caller's.
+            message = message._replace(should_close=True)
         return listener.factory(message, payload, self), handler
 
     def _over(self, request: web.BaseRequest) -> None:

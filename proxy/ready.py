@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from aiohttp import HttpVersion11, web
+from aiohttp.hdrs import UPGRADE
 from aiohttp.helpers import rfc822_formatted_time
 from multidict import CIMultiDict
 
@@ -68,22 +69,23 @@ def is_usual(request: web.BaseRequest, ctx: Context) -> bool:
         and request.keep_alive
         and not core.draining
         and not core.config.cors.origins
-        and "Upgrade" not in request.headers
+        and UPGRADE not in request.headers
     )
 
 
-def rendered(request: web.BaseRequest, ctx: Context, head: Head, own: Own, framing: str) -> bytes | None:
-    """A whole head. None: it is not for us to say, see `multidict_of`.
-
-    framing: the field that says where the body ends.
-    """
+def rendered(
+    request: web.BaseRequest, ctx: Context, head: Head, own: Own, body: bytes | None = None
+) -> bytes | None:
+    """A whole head and the body; no body: one comes in chunks. None: it is not for us to say, see
+    `multidict_of`."""
     if head.status != 200 or head.reason != "OK" or not is_usual(request, ctx):
         return None
     lines = headers.lines_to_caller(head.fields, keep_ratelimit=ctx.principal is None, replaced=own.replaced)
     if lines is None or lines.lower().count(b"\r\ncontent-type: ") != 1:
         return None
+    framing = "Transfer-Encoding: chunked" if body is None else f"Content-Length: {len(body)}"
     rest = f"\r\n{framing}\r\nDate: {rfc822_formatted_time()}{fields_of_all(ctx)}{own.lines}\r\n\r\n"
-    return b"HTTP/1.1 200 OK" + lines + rest.encode()
+    return b"".join((b"HTTP/1.1 200 OK", lines, rest.encode(), body or b""))
 
 
 def multidict_of(ctx: Context, head: Head, own: Own) -> CIMultiDict[str]:
@@ -128,13 +130,12 @@ class Ready(web.StreamResponse):
     def sent(self, request: web.BaseRequest) -> bool:
         """Sends it if it is a usual one. Raises ConnectionResetError if the caller has closed."""
         whole = self._whole
-        body = whole.body
-        if not body or self._by_aiohttp is not None:
+        if not whole.body or self._by_aiohttp is not None:
             return False
-        head = rendered(request, self._ctx, whole, self._own, f"Content-Length: {len(body)}")
-        if head is None:
+        answer = rendered(request, self._ctx, whole, self._own, whole.body)
+        if answer is None:
             return False
-        _open_transport(request).write(head + body)
+        _open_transport(request).write(answer)
         return True
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
