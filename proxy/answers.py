@@ -31,7 +31,10 @@ def refuse_unusable(status: int) -> None:
 
 
 def is_event_stream(status: int, fields: RawHeaders) -> bool:
-    media_type = (value_of(fields, b"content-type") or b"").partition(b";")[0]
+    content_type = value_of(fields, b"content-type")
+    if content_type is None or content_type[:16] == b"application/json":  # nearly every other
+        return False
+    media_type = content_type.partition(b";")[0]
     return 200 <= status < 300 and media_type.strip().lower() == b"text/event-stream"
 
 
@@ -43,7 +46,7 @@ def late_refusal(status: int) -> HeadraceError:
 def checked_body(status: int, body: bytes) -> bytes:
     """The body to pass on; raises UpstreamInBand for an error that calls itself a success."""
     at = leading(body)  # DeepSeek sends a blank line every few seconds while a request is queued
-    if body.find(b'"error"', at, at + _LOOK_BYTES) < 0:
+    if b'"error"' not in body[at : at + _LOOK_BYTES]:  # `find` takes five times as long to begin
         return body
     if status < 300 and body.startswith((b"{", b"["), at):
         document = _decoded(body)

@@ -196,7 +196,9 @@ class Forwarding:
                 attempt = await self._race(job, attempt)  # the other one it has closed itself
             ctx.first_byte_at = monotonic()
             try:
-                return await self._delivery.answer(attempt.exchange, attempt.target)
+                delivery, exchange, target = self._delivery, attempt.exchange, attempt.target
+                response = delivery.at_once(exchange, target)
+                return response if response is not None else await delivery.answer(exchange, target)
             except UpstreamFailed as error:
                 self._lose(job, attempt, error)
                 return None
@@ -212,16 +214,20 @@ class Forwarding:
         """Returns with the first byte of an answer that is the caller's. Raises UpstreamFailed."""
         ctx, exchange = self._ctx, attempt.exchange
         try:
-            if not exchange.pushes:
+            pushes = exchange.pushes
+            if not pushes:
                 self._may_have_reached += 1
             if not exchange.send_now():
                 await self._send(exchange, attempt.upstream.timeouts.connect)
-            if exchange.pushes:
+            if pushes:
                 self._reached = True
             ctx.reached_upstream = True
             if ctx.sent_at is None:
-                ctx.sent_at = monotonic()  # what came before is our own doing
-            await self._first_byte(attempt)
+                ctx.sent_at = exchange.last_at  # what came before is our own doing
+            await exchange.arrival(1, self._wait_until(attempt, self._beat_at))
+            held, _ = exchange.look()
+            if not held or leading(held):  # an end, a preamble or a moment has come, of which it tells
+                await self._first_byte(attempt)
             self._has_answered(attempt)
             if exchange.status in self._policy.statuses:
                 await attempt.refuse(self._total_at)
@@ -283,8 +289,7 @@ class Forwarding:
         preamble = 0  # bytes
         beats = True
         while True:
-            beat_at = self._beat_at if beats else math.inf
-            until = min(exchange.asked_at + first_byte_s, self._total_at, beat_at)
+            until = self._wait_until(attempt, self._beat_at if beats else math.inf)
             if await exchange.hold(preamble + 1, until):
                 held, end = exchange.look()
                 preamble = leading(held, preamble)
@@ -301,6 +306,12 @@ class Forwarding:
                 beats = self._delivery.started or not _is_no_stream(exchange)
                 if beats:
                     await self._beat(attempt.target)
+
+    def _wait_until(self, attempt: Attempt, beat_at: float) -> float:
+        moment = attempt.exchange.asked_at + attempt.upstream.timeouts.first_byte
+        if self._total_at < moment:
+            moment = self._total_at
+        return beat_at if beat_at < moment else moment
 
     async def _beat(self, target: Target) -> None:
         self._beat_at = monotonic() + (self._streams.heartbeat or math.inf)

@@ -129,6 +129,7 @@ class Pool:
     def __init__(self, settings: schema.Upstream, route: Route, *, push: bool) -> None:
         loop = asyncio.get_running_loop()
         knobs = settings.pool
+        self.new_future = loop.create_future  # to ask which loop runs is a system call (getpid)
         self.connector = TCPConnector(
             limit=0,  # our own slots decide; connector limits deadlock under cancellation (aiohttp #9670)
             ttl_dns_cache=knobs.dns_ttl,  # type: ignore[arg-type] # it only ever compares it

@@ -144,6 +144,12 @@ class SessionExchange:
             raise UpstreamInvalid
         return True
 
+    def here(self, size: int) -> bool:
+        return self._fault is None and len(self._held) >= size
+
+    async def arrival(self, size: int, until: float) -> None:
+        await self.hold(size, until)
+
     async def _read(self) -> bytes:
         """The next bytes, or b"" with `_end` set; a cancelled call loses nothing (readany keeps its data)."""
         assert self._response is not None

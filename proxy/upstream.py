@@ -22,6 +22,8 @@ from proxy.session import SessionExchange
 from proxy.wire_connection import End, forbid_silent_retry
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from aiohttp.abc import AbstractResolver
 
     from proxy import schema
@@ -54,7 +56,17 @@ class Exchange(Protocol):
 
     async def send(self) -> None: ...
 
-    async def hold(self, size: int, until: float) -> bool: ...
+    async def hold(self, size: int, until: float) -> bool:
+        """Waits until `size` bytes of the body are here, or its end; False if `until` (a moment of
+        `time.monotonic`) came first. May be cancelled and called again. Raises what became of an answer that
+        does not come."""
+
+    def here(self, size: int) -> bool:
+        """`hold` without waiting; False: it may have to."""
+
+    def arrival(self, size: int, until: float) -> Awaitable[object]:
+        """Ends when `here`, which was false, may have become true, or at `until`: `hold` without its
+        coroutine, for the one wait that nearly every request has."""
 
     def look(self) -> tuple[bytes, End | None]: ...
 

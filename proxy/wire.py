@@ -103,24 +103,29 @@ class WireExchange(msgspec.Struct, eq=False):
         return self._sent_at if self._sender is None else self._sender.last_at
 
     async def hold(self, size: int, until: float) -> bool:
-        """Waits until `size` bytes of the body are here, or its end; False if `until` (a moment of
-        `time.monotonic`) came first. May be cancelled and called again."""
-        if self._end is None and self._held() < size:
-            self._wanted, self._until = size, until
-            assert self._protocol is not None
-            self._protocol.ring_at(until)
-            self._waiter = waiter = asyncio.get_running_loop().create_future()
-            try:
-                await waiter
-            finally:
-                self._waiter = None
-            if self._end is None and self._held() < size:
-                return False
+        if self.here(size):
+            return True
+        await self.arrival(size, until)
+        return self.here(size)
+
+    def here(self, size: int) -> bool:
+        if self._end is None:
+            return self._held() >= size
         if not self.answered:
             raise self._no_answer()
         if self._end is _CUT and not self._held():
             raise UpstreamInvalid
         return True
+
+    def arrival(self, size: int, until: float) -> asyncio.Future[None]:
+        self._wanted, self._until = size, until
+        assert self._protocol is not None
+        self._protocol.ring_at(until)
+        new_future = self._pool.new_future
+        self._waiter = waiter = new_future()
+        if self._end is not None:
+            self._wake()
+        return waiter
 
     def _no_answer(self) -> HeadraceError:
         if isinstance(self._fault, HeadraceError):
@@ -138,9 +143,10 @@ class WireExchange(msgspec.Struct, eq=False):
     def taken(self) -> tuple[bytes, End | None]:
         """The same; the bytes are now the caller's."""
         assert self._protocol is not None
-        held = self.look()
-        self._protocol.pieces.clear()
-        return held
+        pieces = self._protocol.pieces
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        return body, self._end
 
     async def pump(self, sink: Sink) -> None:
         """Hands everything to the sink, from the very call in which it arrives; returns at once."""
@@ -202,11 +208,10 @@ class WireExchange(msgspec.Struct, eq=False):
     def received(self) -> None:
         """Bytes came that nobody takes yet."""
         self.last_at = monotonic()
-        protocol = self._protocol
-        assert protocol is not None
         held = self._held()
         if held >= HELD_LIMIT:
-            protocol.pause_reading()
+            assert self._protocol is not None
+            self._protocol.pause_reading()
         if self._waiter is not None and held >= self._wanted:
             self._wake()
 
@@ -227,8 +232,9 @@ class WireExchange(msgspec.Struct, eq=False):
         return len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces))
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():  # it may have been cancelled
+            waiter.set_result(None)
 
 
 class _Probe:
