@@ -46,7 +46,7 @@ def late_refusal(status: int) -> HeadraceError:
 def checked_body(status: int, body: bytes) -> bytes:
     """The body to pass on; raises UpstreamInBand for an error that calls itself a success."""
     at = leading(body)  # DeepSeek sends a blank line every few seconds while a request is queued
-    if b'"error"' not in body[at : at + _LOOK_BYTES]:  # `find` takes five times as long to begin
+    if body.find(b'"error"', at, at + _LOOK_BYTES) < 0:
         return body
     if status < 300 and body.startswith((b"{", b"["), at):
         document = _decoded(body)

@@ -229,7 +229,7 @@ class Forwarding:
             if not held or leading(held):  # an end, a preamble or a moment has come, of which it tells
                 await self._first_byte(attempt)
             self._has_answered(attempt)
-            if exchange.status in self._policy.statuses:
+            if exchange.status >= 400 and exchange.status in self._policy.statuses:  # it has no others
                 await attempt.refuse(self._total_at)
         except UpstreamFailed as error:
             self._lose(job, attempt, error)

@@ -166,10 +166,11 @@ class Upstream:
         elif body or method not in _WITHOUT_BODY:
             length = b"Content-Length: %d\r\n" % len(body)
         if self._session is None:
-            head = outgoing.opening(method, path, key), outgoing.passed(fields), length, b"\r\n"
+            opening = outgoing.opening
+            head = opening(method, path, key) + outgoing.passed(fields) + length + b"\r\n"
             if isinstance(body, bytes) and len(body) <= _JOIN_LIMIT:
-                return wire.WireExchange(self._pool, b"".join((*head, body)), b"")
-            return wire.WireExchange(self._pool, b"".join(head), body)
+                return wire.WireExchange(self._pool, head + body, b"")
+            return wire.WireExchange(self._pool, head, body)
         lines = outgoing.lines(fields, key) + length
         return SessionExchange(self._session, method, outgoing.url(path), lines, body)
 

@@ -70,24 +70,25 @@ class WireExchange(msgspec.Struct, eq=False):
 
     def send_now(self) -> bool:
         """`send` on a connection that lies idle; False: there is none, and nothing has been done."""
-        if self.fresh or (protocol := self._pool.take_idle()) is None:
+        now = monotonic()
+        if self.fresh or (protocol := self._pool.take_idle(now)) is None:
             return False
-        self._send_on(protocol)
+        self._send_on(protocol, now)
         return True
 
     async def send(self) -> None:
         """Takes a connection and writes the whole request, of an upload the head: the rest follows by itself.
         Raises UpstreamConnectFailed."""
-        self._send_on(await self._pool.acquire(fresh=self.fresh))
+        self._send_on(await self._pool.acquire(fresh=self.fresh), monotonic())
 
-    def _send_on(self, protocol: WireConnection) -> None:
+    def _send_on(self, protocol: WireConnection, now: float) -> None:
         transport = protocol.transport
         assert transport is not None
         self._protocol = protocol
         self.reused = protocol.used
         protocol.used = True
         protocol.begin(self)
-        self.last_at = self._sent_at = monotonic()
+        self.last_at = self._sent_at = now
         transport.write(self._head)
         body = self._body
         self._head = self._body = b""
