@@ -5,24 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from proxy.endpoints import Model
 from proxy.headers import is_encoded, value_of
 from proxy.sse import BlindScanner, Scanner
 from proxy.usage import JsonTail
 
 if TYPE_CHECKING:
     from proxy.context import Context
-    from proxy.endpoints import Endpoint
     from proxy.headers import RawHeaders
     from proxy.usage import Usage
-
-
-def tells_usage(endpoint: Endpoint | None, method: str, *, streamed: bool) -> bool:
-    """Is a usage in such an answer this request's own? That of a stored object was another's, and has been
-    counted then."""
-    if endpoint is None or method != "POST":
-        return False
-    return streamed or endpoint.model is not Model.NONE
 
 
 class Tap:
