@@ -66,6 +66,20 @@ _LAST_WORDS_S = 0.03
 class Delivery:
     """One request's answer. Nothing is sent before there is something to send."""
 
+    __slots__ = (
+        "_ctx",
+        "_metrics",
+        "_pipe_now",
+        "_request",
+        "_response",
+        "_streams",
+        "_target",
+        "_write_s",
+        "reshape",
+        "total_at",
+        "wraps",
+    )
+
     def __init__(
         self,
         request: web.Request,

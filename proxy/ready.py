@@ -7,8 +7,9 @@ HTTP/1.0, a connection that ends, CORS) is rendered by aiohttp as before, and bo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import msgspec
 from aiohttp import HttpVersion11, web
 from aiohttp.hdrs import UPGRADE
 from aiohttp.helpers import rfc822_formatted_time
@@ -39,7 +40,7 @@ class Head(Protocol):
     def fields(self) -> RawHeaders: ...
 
 
-class Own(NamedTuple):
+class Own(msgspec.Struct, frozen=True, gc=False):
     """Fields of ours on one answer.
 
     lines: each with its line break before it. replaced: names, in lower case, that the upstream may have sent
