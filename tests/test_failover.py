@@ -710,3 +710,57 @@ async def test_a_failover_waits_for_no_slot(way: Way) -> None:
         gate.open()
         assert (await holding).json() == {"from": "b"}
         await it.settled(3)
+
+
+# ── in one read, or in several ──────────────────────────────────────────────────────────────────────────
+
+_USAGE = b'"usage":{"prompt_tokens":5,"completion_tokens":7,"total_tokens":12}'
+WHOLE = {
+    "answer": response(200, b'{"from":"a",%b}' % _USAGE),
+    "after blank lines": response(200, b'\n\n{"from":"a",%b}' % _USAGE),
+    "blank lines only": response(200, b"\n\n"),
+    "empty": response(200, b""),
+    "refusal": response(404, b'{"error":{"message":"no such thing"}}'),
+    "array of errors": response(400, b'[{"error":{"code":400,"message":"no","status":"INVALID"}}]'),
+    "fault": response(500, b'{"error":{"message":"broken"}}'),
+    "tried again": response(503, b'{"error":{"message":"busy"}}'),
+    "credential": response(401, b'{"error":{"message":"who?"}}'),
+    "error as a success": response(200, b'{"error":{"message":"in band"}}'),
+    "stream": response(200, event("a") + b"data: [DONE]\n\n", content_type="text/event-stream"),
+    "cut": response(200, b'{"from":"a"}').replace(b"Length: 12", b"Length: 99"),
+}
+#: What differs from request to request.
+VOLATILE = ("server-timing", "date", "x-request-id", "request-id")
+
+
+async def seen(way: Way, request: bytes, raw: bytes, pieces: int) -> tuple[Any, ...]:
+    """All that a caller and an operator are told of an answer that comes in so many pieces."""
+
+    async def script(call: Call) -> None:
+        size = -(-len(raw) // pieces)
+        for at in range(0, len(raw), size):
+            await call.send(raw[at : at + size])
+            await asyncio.sleep(0.02)
+        call.close()
+
+    async with pool(script, way=way, retry={"attempts": 1}) as it:
+        answer = await ask(it.port, request)
+        line = await it.settled(1)
+        told = ("reason", "status", "attempts", "error", "bytes_out", "prompt_tokens", "completion_tokens")
+        fields = {name: value for name, value in answer.headers.items() if name.lower() not in VOLATILE}
+        body = answer.body if answer.status == 200 else answer.json()
+        if isinstance(body, dict):
+            body["error"].pop("request_id", None)
+        return answer.status, fields, body, {key: line.get(key) for key in told}, await it.attempts()
+
+
+@both
+@pytest.mark.parametrize("kind", WHOLE)
+async def test_in_one_read_or_in_several(way: Way, kind: str) -> None:
+    """What is here whole with its first byte is passed on without waiting: the same in every respect."""
+    request = chat() if kind == "stream" else METHODS["post"]
+    once = await seen(way, request, WHOLE[kind], 1)
+    assert await seen(way, request, WHOLE[kind], 4) == once
+    assert (once[0] == 200) == (
+        kind in ("answer", "after blank lines", "blank lines only", "empty", "stream")
+    )
