@@ -133,7 +133,7 @@ def make_request(core: Core, *fields: tuple[str, str]) -> web.Request:
     ctx.status, ctx.reason, ctx.client_ip = 200, Reason.COMPLETE, "127.0.0.1"
     ctx.queue_s, ctx.sent_at, ctx.first_byte_at, ctx.first_token_at = 0.0, now, now, now
     ctx.usage, ctx.cost_picos = Usage(12, 0, 150, 0, Source.REPORTED), 1_224_000_000
-    ctx.core = core
+    ctx.core, ctx.method, ctx.fields = core, request.method, request.headers
     request[CONTEXT] = ctx
     return request
 
@@ -231,7 +231,8 @@ async def prices_of_records(settings: config.Config, folder: Path, times: int) -
         async def one() -> None:
             core.running.add(ctx)
             observe.answered(ctx, _ANSWER)
-            observe.end(ctx, request)
+            ctx.task = asyncio.current_task()
+            observe.end(ctx)
             await asyncio.sleep(0)  # it is settled in the next turn
 
         return await each(one, times, settled)
@@ -287,9 +288,11 @@ async def price_of_cors(settings: config.Config, times: int) -> Price:
     app.freeze()
     fields = {"Host": "bench", "Origin": "https://app.example"}
     request = make_mocked_request("POST", _PATH, headers=fields, app=app)
+    ctx = Context("request-0001", endpoints.match("POST", _PATH), _PATH, time.monotonic())
+    ctx.method = "POST"
 
     async def one() -> None:
-        await cors.cors(request, answered)
+        cors.is_preflight(request, ctx)
         response = web.Response(status=200)
         await app.on_response_prepare.send(request, response)
 

@@ -18,6 +18,8 @@ from proxy import downlink
 from proxy.errors import Dialect, Reason
 
 if TYPE_CHECKING:
+    from multidict import CIMultiDictProxy
+
     from proxy.bucket import Decision
     from proxy.core import Core
     from proxy.endpoints import Endpoint
@@ -69,11 +71,13 @@ class Context:
         "ended_at",
         "endpoint",
         "error_code",
+        "fields",
         "first_byte_at",
         "first_token_at",
         "given_up",
         "left_at",
         "list_cost_picos",
+        "method",
         "model",
         "phase",
         "principal",
@@ -93,7 +97,11 @@ class Context:
     )
 
     def __init__(self, request_id: str, endpoint: Endpoint | None, path: str, started_at: float) -> None:
-        self.core: Core  # of this process: looking it up in the application takes ten times as long
+        # What the first middleware sets; to look it up again takes ten times as long.
+        self.core: Core  # of this process
+        self.fields: CIMultiDictProxy[str]  # the request's
+        self.method = ""
+        self.task: asyncio.Task[None] | None = None
         self.request_id = request_id
         self._stream_id = ""
         self.endpoint = endpoint
@@ -101,7 +109,6 @@ class Context:
         self.route = endpoint.name if endpoint is not None else "other"
         self.started_at = started_at
         self.ended_at = started_at
-        self.task = asyncio.current_task()
         self.phase = _BODY
         self.principal: Principal | None = None  # who asks; None in open mode
         self.allowance: dict[str, Decision] = {}  # of the caller's own plan, by unit: requests, tokens

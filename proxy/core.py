@@ -9,8 +9,6 @@ from proxy.retry import RetryBudget
 from proxy.turnstile import Turnstile
 
 if TYPE_CHECKING:
-    from aiohttp import web
-
     from proxy import config
     from proxy.admission import Admission
     from proxy.authenticator import Authenticator
@@ -62,7 +60,7 @@ class Core:
         self.admission: Admission  # set before the first request, and by a reload
         self.authenticator: Authenticator | None = None  # None: open
         self.running: set[Context] = set()
-        self.ended: list[web.Request] = []  # of them, those that wait to be settled
+        self.ended: list[Context] = []  # of them, those that wait to be settled
         self.draining_for_usage = 0  # requests that are read on for their usage, their callers gone
         self.bodies = Bodies(settings.max_buffered_bytes)
         self.turnstile = Turnstile()

@@ -74,6 +74,21 @@ class Gauge(Counter):
         return family
 
 
+class Summed(Gauge):
+    """A level whose sum over all labels is asked for all the time."""
+
+    def __init__(self, name: str, help_text: str, labels: Sequence[str] = ()) -> None:
+        super().__init__(name, help_text, labels)
+        self.total: float = 0
+
+    def add(self, labels: Labels = (), amount: float = 1) -> None:
+        self.values[labels] += amount
+        self.total += amount
+
+    def set(self, labels: Labels, value: float) -> None:
+        self.add(labels, value - self.values[labels])
+
+
 class Least(Gauge):
     """A level that is as low for all processes as for the worst of them."""
 
@@ -197,7 +212,7 @@ class Metrics:
             ("route", "model", "upstream", "code", "reason"),
         )
         self.requests_in_flight = Gauge("requests_in_flight", "Requests being handled.", ("route",))
-        self.streams_active = Gauge("streams_active", "Event streams being delivered.", ("upstream",))
+        self.streams_active = Summed("streams_active", "Event streams being delivered.", ("upstream",))
         self.request_duration = Histogram(
             "request_duration_seconds", "From head to last byte.", ("route", "upstream")
         )

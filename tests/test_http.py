@@ -155,7 +155,7 @@ async def test_a_fault_of_our_own(
     await until(told)
     assert (said[0]["event"], said[0]["error"]) == ("internal_error", "AttributeError")
     assert said[0]["request_id"] == answer.headers["x-request-id"]
-    assert re.search(r"middleware/auth\.py:\d+ auth$", said[0]["where"][-1])
+    assert re.search(r"middleware/auth\.py:\d+ identify$", said[0]["where"][-1])
     assert "no attribute" not in str(said)
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from time import time
 
-from aiohttp import web
 from aiohttp.hdrs import AUTHORIZATION
-from aiohttp.typedefs import Handler
 from multidict import istr
 
 from proxy import handshake, identity
-from proxy.context import CONTEXT, Context
+from proxy.context import Context
 from proxy.endpoints import Endpoint
 from proxy.errors import HeadraceError, NotFound
 from proxy.identity import Principal
@@ -27,50 +25,50 @@ _ANONYMOUS = frozenset({"/api/chat", "/api/chat/stream"})
 _X_API_KEY, _API_KEY = istr("x-api-key"), istr("api-key")
 
 
-@web.middleware
-def auth(request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
-    """No coroutine where nothing waits: it would stand between every turn of a stream and its handler."""
-    ctx = request[CONTEXT]
-    core, endpoint = ctx.core, ctx.endpoint
+def identify(ctx: Context) -> Awaitable[None] | None:
+    """Sets `ctx.principal`. What it returns has to be waited for first; that and a refusal may raise
+    whatever `Authenticator.identify` and `identity` raise."""
+    endpoint, authenticator = ctx.endpoint, ctx.core.authenticator
     if endpoint is None:
         raise NotFound  # before anybody's credential is looked at: there is nothing to protect
-    authenticator = core.authenticator
-    if authenticator is None or ctx.route in _PUBLIC:
-        return handler(request)
-    if ctx.route in _ANONYMOUS:
-        return _anonymous(request, ctx, handler)
+    if authenticator is None:
+        return None
+    if endpoint.ours:  # upstream goes nothing without a credential
+        if ctx.route in _PUBLIC:
+            return None
+        if ctx.route in _ANONYMOUS:
+            return _anonymous(ctx)
     try:
-        credential = _credential(request, endpoint)
-        principal = authenticator.known(credential, time())
+        credential, now = _credential(ctx, endpoint), time()
+        principal = authenticator.known(credential, now)
         if principal is None:
-            return _identify(request, ctx, handler, authenticator.identify(credential, time()))
-        identity.check_address(principal, ctx.client_ip)
+            return _identified(ctx, authenticator.identify(credential, now))
+        if principal.networks:
+            identity.check_address(principal, ctx.client_ip)
     except HeadraceError as error:
         return _refuse(ctx, error)
     ctx.principal = principal
-    return handler(request)
+    return None
 
 
-async def _identify(
-    request: web.Request, ctx: Context, handler: Handler, identified: Awaitable[Principal]
-) -> web.StreamResponse:
+async def _identified(ctx: Context, identified: Awaitable[Principal]) -> None:
     try:
         principal = await identified
         identity.check_address(principal, ctx.client_ip)
     except HeadraceError as error:
-        return await _refuse(ctx, error)
-    ctx.principal = principal
-    return await handler(request)
+        await _refuse(ctx, error)
+    else:
+        ctx.principal = principal
 
 
-async def _refuse(ctx: Context, error: HeadraceError) -> web.StreamResponse:
+async def _refuse(ctx: Context, error: HeadraceError) -> None:
     await ctx.core.admission.spend_address(ctx.client_ip)
     raise error
 
 
-def _credential(request: web.Request, endpoint: Endpoint) -> str | None:
+def _credential(ctx: Context, endpoint: Endpoint) -> str | None:
     """Raises BadRequest: there are several."""
-    fields = request.headers
+    fields = ctx.fields
     others = [*fields.getall(_X_API_KEY, ()), *fields.getall(_API_KEY, ())]
     if endpoint.websocket:
         # A page that opens a WebSocket can set no header field of its own.
@@ -78,10 +76,9 @@ def _credential(request: web.Request, endpoint: Endpoint) -> str | None:
     return identity.credential_of(fields.getall(AUTHORIZATION, ()), others)
 
 
-async def _anonymous(request: web.Request, ctx: Context, handler: Handler) -> web.StreamResponse:
+async def _anonymous(ctx: Context) -> None:
     api = ctx.core.config.browser_api
     if api is None:
         raise NotFound
     await ctx.core.admission.spend_address(ctx.client_ip)
     ctx.principal = Principal(name=f"ip:{ctx.client_ip}", key_id="", plan=api.plan)
-    return await handler(request)

@@ -14,11 +14,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from aiohttp import hdrs, web
-from aiohttp.typedefs import Handler
 from aiohttp_cors import CorsConfig, ResourceOptions
 from aiohttp_cors.abc import AbstractRouterAdapter
 
-from proxy.context import CORE
+from proxy.context import CORE, Context
 from proxy.core import Core
 from proxy.errors import Refused
 from proxy.schema import Cors
@@ -113,12 +112,17 @@ async def _vary(request: web.Request, response: web.StreamResponse) -> None:
         response.headers[hdrs.VARY] = ", ".join([*given, "Origin"])
 
 
-@web.middleware
-async def cors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answers preflights: before anybody asks for a key, and nothing of them goes upstream."""
+def is_preflight(request: web.Request, ctx: Context) -> bool:
+    """One that pages of the configuration may make: `answer` is for it."""
+    if ctx.method != hdrs.METH_OPTIONS:
+        return False
     adapter = request.app[_ADAPTER]
-    if not adapter.is_preflight_request(request) or not adapter.options():
-        return await handler(request)
+    return adapter.is_preflight_request(request) and bool(adapter.options())
+
+
+async def answer(request: web.Request) -> web.StreamResponse:
+    """Before anybody asks for a key, and nothing of it goes upstream."""
+    adapter = request.app[_ADAPTER]
     assert adapter.preflight is not None
     try:
         response = await adapter.preflight(request)

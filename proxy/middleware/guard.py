@@ -25,9 +25,12 @@ _MAX_PORT = 65535
 
 def check(request: web.Request, ctx: Context) -> None:
     """Raises NotFound, Refused."""
-    _check_line(request, ctx)
-    fields = request.headers
-    _check_host(request, fields.getall(hdrs.HOST, ()))
+    if ctx.endpoint is None:  # the allow-list has none of what is refused there
+        _check_line(request, ctx.method)
+    fields = ctx.fields
+    hosts = fields.getall(hdrs.HOST, ())
+    if len(hosts) != 1 or not _is_host(hosts[0]):
+        _miss_host(request, hosts)
     if hdrs.TRANSFER_ENCODING in fields:
         _check_transfer_encoding(request)
     if hdrs.CONTENT_ENCODING in fields and not _only(fields.getall(hdrs.CONTENT_ENCODING), "identity"):
@@ -41,10 +44,8 @@ def _only(values: list[str], allowed: str) -> bool:
     return all(value.lower() == allowed for value in values)
 
 
-def _check_line(request: web.Request, ctx: Context) -> None:
-    if ctx.endpoint is not None:
-        return  # the allow-list has none of what is refused here
-    if request.method in ("CONNECT", "TRACE"):
+def _check_line(request: web.Request, method: str) -> None:
+    if method in ("CONNECT", "TRACE"):
         raise Refused(405)
     path = request.raw_path
     if path.startswith("/") and not path.startswith("//"):
@@ -54,10 +55,9 @@ def _check_line(request: web.Request, ctx: Context) -> None:
     raise Refused(400)
 
 
-def _check_host(request: web.Request, hosts: Sequence[str]) -> None:
-    if not hosts and request.version == HttpVersion10:
-        return
-    if len(hosts) != 1 or not _is_host(hosts[0]):
+def _miss_host(request: web.Request, hosts: Sequence[str]) -> None:
+    """Only HTTP/1.0 may come without one."""
+    if hosts or request.version != HttpVersion10:
         raise Refused(400)
 
 

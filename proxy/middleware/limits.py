@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 
-from aiohttp import web
-from aiohttp.typedefs import Handler
-
-from proxy.context import CONTEXT
+from proxy.context import Context
 
 
-@web.middleware
-def limits(request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
-    """No coroutine: it would stand between every turn of a stream and its handler."""
-    ctx = request[CONTEXT]
+def arrive(ctx: Context) -> Awaitable[None] | None:
+    """Raises LimitExceeded, here or from what it returns: a store that has to be waited for."""
     endpoint, principal = ctx.endpoint, ctx.principal
-    if principal is not None and endpoint is not None and endpoint.costs:
-        core = ctx.core
-        waiting = core.admission.arrive(ctx, principal, core.config.plans[principal.plan])
-        if waiting is not None:
-            return _first(waiting, handler, request)
-    return handler(request)
-
-
-async def _first(waiting: Awaitable[None], handler: Handler, request: web.Request) -> web.StreamResponse:
-    await waiting
-    return await handler(request)
+    if principal is None or endpoint is None or not endpoint.costs:
+        return None
+    core = ctx.core
+    return core.admission.arrive(ctx, principal, core.config.plans[principal.plan])

@@ -16,10 +16,13 @@ _OFFERED = istr("x-request-id")
 
 def begin(request: web.Request) -> Context:
     """Accepts a harmless id of the caller's, else mints one; sent back by `server.Server._on_prepare`."""
-    now, fields = monotonic(), request.headers
-    path = request.raw_path.partition("?")[0]
+    # Each of them is a property in Python: whoever comes later reads them from the context.
+    now, fields, method, path = monotonic(), request.headers, request.method, request.raw_path
+    if "?" in path:
+        path = path.partition("?")[0]
     chosen = headers.request_id(fields.get(_OFFERED))
-    ctx = Context(chosen, endpoints.match(request.method, path), path, now)
+    ctx = Context(chosen, endpoints.match(method, path), path, now)
+    ctx.method, ctx.fields, ctx.task = method, fields, request.task
     ctx.core = core = request.app[CORE]
     ctx.client_ip = headers.client_ip(
         request.remote or None, fields.getall(hdrs.X_FORWARDED_FOR, ()), core.config.trusted_networks

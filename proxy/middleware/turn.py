@@ -14,4 +14,4 @@ if TYPE_CHECKING:
 
 def must_wait(core: Core) -> bool:
     """Then at `core.turnstile`."""
-    return any(core.metrics.streams_active.values.values())
+    return core.metrics.streams_active.total > 0
