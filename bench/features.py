@@ -259,7 +259,7 @@ async def price_of_request_id(settings: config.Config, times: int) -> Price:
     request = make_request(core)
 
     async def one() -> None:
-        request_id.begin(request)
+        request_id.begin(request, core)
 
     return Price("request id, route and caller's address", await each(one, times))
 

@@ -39,6 +39,7 @@ resources
     downlink    what the kernel knows of a caller's connection
     breakoff    the end of a connection whose answer is not complete
     log         the request line, and a sink that never blocks
+    outcome     what the end of a request adds to the metrics
     metrics     every metric, named once
     footprint   what a process costs: memory, descriptors, CPU time, collections
     tasks       the one way to start a background task

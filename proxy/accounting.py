@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from proxy.admission import Admission
     from proxy.allotment import Allotment
     from proxy.context import Context
-    from proxy.metrics import Outcome
+    from proxy.outcome import Outcome
     from proxy.state import Spend, State
 
 #: An upstream that refuses has used nothing, and storing, listing and deleting ask no model. Nobody has said

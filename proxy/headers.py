@@ -104,7 +104,7 @@ def request_id(offered: str | None) -> str:
     """The caller's id if it is harmless in a header and in a log, else one of our own."""
     if offered is not None and _REQUEST_ID.fullmatch(offered):
         return offered
-    return f"{_MINTED}{next(_numbers):x}"
+    return f"{_MINTED}{next(_numbers)}"
 
 
 def trace_id(traceparent: str | None) -> str | None:

@@ -16,6 +16,7 @@ import msgspec
 #: Milliseconds take 6 bytes until the year 10889.
 _BYTES = 16
 UNIQUE_BYTES = 10
+_UNIQUE_BITS = 8 * UNIQUE_BYTES
 #: What a column of SQLite holds: 9.2 million USD in picodollars. More for one request is no cost.
 MOST = 2**63 - 1
 
@@ -88,8 +89,9 @@ class RowSink(Protocol):
 
 def row_id(started_at: float, unique: int) -> str:
     """The id of a row. unique: a number of `UNIQUE_BYTES`."""
+    milliseconds = int(started_at * 1000) if started_at > 0 else 0
     # `hex` of bytes: a format of two numbers took four times as long, 0.9 us.
-    return (max(0, int(started_at * 1000)) << 8 * UNIQUE_BYTES | unique).to_bytes(_BYTES, "big").hex()
+    return (milliseconds << _UNIQUE_BITS | unique).to_bytes(_BYTES, "big").hex()
 
 
 def first_id(moment: float) -> str:

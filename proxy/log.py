@@ -217,6 +217,9 @@ class RequestLog:
             self._sink.write(self._encode(line) + b"\n")
 
 
+_MILLISECONDS = tuple(
+    [f".{number:03d}Z" for number in range(1000)]
+)  # formatting one took as long as all else
 _stamped: tuple[int, str] = (0, "")  # the last second that was formatted: strftime costs 1 us
 
 
@@ -227,7 +230,7 @@ def timestamp(now: float | None = None) -> str:
     second = int(moment)
     if second != _stamped[0]:
         _stamped = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
-    return f"{_stamped[1]}.{str(int((moment - second) * 1000)).zfill(3)}Z"  # `:03d` takes twice as long
+    return _stamped[1] + _MILLISECONDS[int((moment - second) * 1000)]
 
 
 def _add_timestamp(_logger: Any, _name: str, fields: Fields) -> Mapping[str, Any]:

@@ -19,8 +19,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.errors import Reason
-from proxy.ledger_row import Row, RowSink
-from proxy.pricing import PICOS_PER_USD
+from proxy.ledger_row import RowSink
+from proxy.outcome import Outcome
 
 _PREFIX = "headrace_"
 Labels = tuple[str, ...]
@@ -148,58 +148,6 @@ class Histogram:
                 cumulative.append((bound, running))
             family.add_metric(labels, cumulative, row[-1])
         return family
-
-
-class Outcome:
-    """Requests that ended alike: the labels of what the end of one adds to, made once.
-
-    As many as `requests_total` has series, and as long-lived: labels are from closed sets, and what was
-    counted stays. A series begins when something is counted in it, no sooner.
-    """
-
-    __slots__ = (
-        "_cost",
-        "_costs",
-        "_kinds",
-        "_spent",
-        "_tokens",
-        "duration",
-        "first_token",
-        "model",
-        "reason",
-        "requests",
-        "to_route",
-        "to_upstream",
-        "upstream",
-    )
-
-    def __init__(self, metrics: Metrics, labels: Labels) -> None:
-        """labels: of `requests_total`."""
-        route, self.model, self.upstream, _, self.reason = self.requests = labels
-        self.duration = (route, self.upstream)
-        self.first_token = (self.model, self.upstream)
-        self.to_route = (route,)
-        self.to_upstream = (self.upstream,)
-        self._kinds = tuple([(self.model, kind) for kind in ("prompt", "cached", "completion", "reasoning")])
-        self._cost = (self.model,)
-        self._tokens, self._costs = metrics.tokens.values, metrics.cost_usd.values
-        self._spent = False
-
-    def spend(self, row: Row) -> None:
-        """What the row of such a request says: these counters are proved against the rows. Its usage is
-        known."""
-        tokens = self._tokens
-        if not self._spent:
-            self._spent = True
-            for labels in self._kinds:
-                tokens.setdefault(labels, 0)
-        prompt, cached, completion, reasoning = self._kinds
-        tokens[prompt] += row.prompt_tokens
-        tokens[cached] += row.cached_tokens
-        tokens[completion] += row.completion_tokens
-        tokens[reasoning] += row.reasoning_tokens
-        if row.cost_picos is not None:
-            self._costs[self._cost] = self._costs.get(self._cost, 0) + row.cost_picos / PICOS_PER_USD
 
 
 class Metrics:
@@ -343,6 +291,8 @@ class Metrics:
                 metric.absorb(labels, value)
 
     def _all(self) -> list[tuple[str, Counter | Histogram]]:
+        for outcome in self._outcomes.values():
+            outcome.show()
         return [(name, item) for name, item in vars(self).items() if isinstance(item, (Counter, Histogram))]
 
     def __iter__(self) -> Iterator[Counter | Histogram]:

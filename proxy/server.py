@@ -30,7 +30,7 @@ from proxy.ledger_row import RowSink
 from proxy.listen import BACKLOG
 from proxy.log import RequestLog, Sink, refusal_line
 from proxy.metrics import Metrics, Snapshot
-from proxy.middleware import CHAIN
+from proxy.middleware import entrance
 from proxy.middleware.cors import attach
 from proxy.permit import Slots
 from proxy.ready import fields_of_all
@@ -174,7 +174,7 @@ class Server:
             upstream.start()
 
     def _app(self) -> web.Application:
-        app = web.Application(middlewares=CHAIN)
+        app = web.Application(middlewares=[entrance(self.core)])
         app[CORE] = self.core
         route = app.router.add_route("*", "/{path:.*}", handlers.dispatch, expect_handler=no_expectation)
         # What these receivers add to usual answers, `ready` has to know as well.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from proxy import endpoints
@@ -110,10 +111,40 @@ async def test_series_begin_when_something_is_counted() -> None:
     row = row_of(ctx, one, _WALL_OFFSET_S)
     one.spend(row)
     other.spend(row)
-    assert metrics.tokens.values == {
-        ("m", "prompt"): 40,
-        ("m", "cached"): 42,
-        ("m", "completion"): 44,
-        ("m", "reasoning"): 46,
+    expected = {
+        "tokens": {
+            ("m", "prompt"): 40,
+            ("m", "cached"): 42,
+            ("m", "completion"): 44,
+            ("m", "reasoning"): 46,
+        },
+        "cost_usd": {("m",): 49.0},
     }
-    assert metrics.cost_usd.values == {("m",): 49.0}
+    for _ in range(2):  # to be read changes nothing
+        after = metrics.snapshot()
+        assert {name: dict(after[name]) for name in expected} == expected
+    assert {name: series for name, series in after.items() if name not in expected} == before
+    one.spend(row)
+    assert dict(metrics.snapshot()["cost_usd"]) == {("m",): 73.5}
+
+
+async def test_what_an_outcome_counts() -> None:
+    """Requests, bytes and times, each in its series and only where it was reached."""
+    metrics = Metrics("")
+    outcome = metrics.outcome(_PATH, "m", "up", 200, Reason.COMPLETE)
+    before = metrics.snapshot()
+    observe._count(outcome, ended())
+    observe._count(outcome, ended())
+    after = metrics.snapshot()
+    changed = {name: dict(series) for name, series in after.items() if series != before.get(name)}
+    assert changed.pop("requests") == {(_PATH, "m", "up", "200", "complete"): 2}
+    assert changed.pop("response_bytes") == {(): 38}
+    sums = {
+        name: {labels: (sum(row[:-1]), row[-1]) for labels, row in series.items()}  # type: ignore[index]
+        for name, series in changed.items()
+    }
+    assert sums == {
+        "request_duration": {(_PATH, "up"): (2, pytest.approx(4.0))},
+        "time_to_first_byte": {("up",): (2, pytest.approx(1.0))},
+        "time_to_first_token": {("m", "up"): (2, pytest.approx(1.5))},
+    }

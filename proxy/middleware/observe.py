@@ -17,7 +17,7 @@ from proxy.context import Context
 from proxy.core import Core
 from proxy.errors import Reason
 from proxy.log import RequestLine, timestamp
-from proxy.metrics import Metrics, Outcome
+from proxy.outcome import Outcome
 from proxy.pricing import format_picos
 from proxy.usage import Source
 
@@ -69,7 +69,7 @@ def _settle(core: Core, ctx: Context, wall_offset_s: float) -> None:
         ctx.status = ctx.status or _CLIENT_CLOSED
         core.metrics.client_disconnects.add((ctx.phase.value,))
     outcome = core.metrics.outcome(ctx.route, ctx.model, ctx.upstream, ctx.status, reason)
-    _count(core.metrics, outcome, ctx)
+    _count(outcome, ctx)
     if ctx.reached_upstream:
         row = row_of(ctx, outcome, wall_offset_s)
         core.ledger.add(row)
@@ -79,17 +79,17 @@ def _settle(core: Core, ctx: Context, wall_offset_s: float) -> None:
         core.request_log.write(_line(ctx, outcome, wall_offset_s))
 
 
-def _count(metrics: Metrics, outcome: Outcome, ctx: Context) -> None:
+def _count(outcome: Outcome, ctx: Context) -> None:
     started_at = ctx.started_at
-    metrics.requests.add(outcome.requests)
-    metrics.request_duration.observe(outcome.duration, ctx.ended_at - started_at)
-    metrics.response_bytes.add((), ctx.bytes_out)
+    outcome.requests += 1
+    outcome.bytes_out += ctx.bytes_out
+    outcome.duration.observe(ctx.ended_at - started_at)
     if ctx.sent_at is not None:
-        metrics.overhead.observe((), ctx.sent_at - started_at - (ctx.queue_s or 0.0))
+        outcome.overhead.observe(ctx.sent_at - started_at - (ctx.queue_s or 0.0))
     if ctx.first_byte_at is not None:
-        metrics.time_to_first_byte.observe(outcome.to_upstream, ctx.first_byte_at - started_at)
+        outcome.first_byte.observe(ctx.first_byte_at - started_at)
     if ctx.first_token_at is not None:
-        metrics.time_to_first_token.observe(outcome.first_token, ctx.first_token_at - started_at)
+        outcome.first_token.observe(ctx.first_token_at - started_at)
 
 
 def _line(ctx: Context, outcome: Outcome, wall_offset_s: float) -> RequestLine:
