@@ -114,7 +114,7 @@ class Histogram:
         self, name: str, help_text: str, labels: Sequence[str] = (), buckets: Sequence[float] = _DURATION
     ) -> None:
         self.name, self.help, self.labels = f"{_PREFIX}{name}", help_text, tuple(labels)
-        self.buckets = tuple(buckets)
+        self.buckets = tuple(map(float, buckets))  # compared with a float, an integer is converted first
         self.values: dict[Labels, list[float]] = {}
 
     def observe(self, labels: Labels, value: float) -> None:

@@ -11,7 +11,7 @@ from proxy.accounting import row_of
 from proxy.context import Context
 from proxy.errors import Reason
 from proxy.identity import Principal
-from proxy.metrics import Metrics
+from proxy.metrics import Metrics, Summed
 from proxy.middleware import observe
 from proxy.usage import Source, Usage
 
@@ -148,3 +148,14 @@ async def test_what_an_outcome_counts() -> None:
         "time_to_first_byte": {("up",): (2, pytest.approx(1.0))},
         "time_to_first_token": {("m", "up"): (2, pytest.approx(1.5))},
     }
+
+
+def test_the_sum_of_a_level() -> None:
+    """Whatever changed it, it is that of all its series."""
+    level = Summed("level", "", ("upstream",))
+    for labels, amount in ((("a",), 1), (("b",), 2), (("a",), -1)):
+        level.add(labels, amount)
+        assert level.total == sum(level.values.values())
+    level.set(("b",), 5)
+    level.absorb(("c",), 3)
+    assert level.total == sum(level.values.values()) == 8
