@@ -75,7 +75,8 @@ Answers = tuple[bool, bool, bool, bool, bool, bool, Usage | None]
 
 
 def _held(scanner: Scanner) -> int:
-    return len(scanner._tail) + len(scanner._head) + len(scanner._foot)
+    head, _, foot, _ = scanner._shape or (b"", 0, b"", 0)
+    return len(scanner._tail) + len(head) + len(foot)
 
 
 def _scan(kind: type[Scanner], dialect: Dialect, expects: bool, pieces: Iterable[bytes]) -> Answers:
