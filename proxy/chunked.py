@@ -8,6 +8,8 @@ cache at each read (callgrind counts 960 misses of 64 bytes a chunk, 150 of them
 from __future__ import annotations
 
 _END = b"\r\n"
+#: The end of a body, without trailers.
+LAST_CHUNK = b"0\r\n\r\n"
 _join = b"".join
 #: Both tables end here: events are a few hundred bytes, and above that the copy costs more than the framing.
 _TABLE_BYTES = 1024

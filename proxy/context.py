@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from proxy.core import Core
     from proxy.endpoints import Endpoint
     from proxy.identity import Principal
+    from proxy.pipe import Pipe
     from proxy.usage import Usage
 
 
@@ -54,7 +55,6 @@ class Context:
     but uvloop rounds it to milliseconds); None: not reached."""
 
     __slots__ = (
-        "_acked_before",
         "_stream_id",
         "_transport",
         "allowance",
@@ -80,6 +80,7 @@ class Context:
         "method",
         "model",
         "phase",
+        "pipe",
         "principal",
         "queue_s",
         "reached_upstream",
@@ -137,7 +138,7 @@ class Context:
         self.cost_picos: int | None = None  # 1e-12 USD; None: not known
         self.list_cost_picos: int | None = None
         self._transport: asyncio.BaseTransport | None = None  # the caller's connection
-        self._acked_before: int | None = None  # bytes that it took for earlier requests
+        self.pipe: Pipe | None = None  # of an answer on its way; it counts what it writes
 
     @property
     def stream_id(self) -> str:
@@ -149,7 +150,6 @@ class Context:
     def goes_out_by(self, transport: asyncio.BaseTransport | None) -> None:
         """The connection that operators see the progress of: of whatever is not sent in one write."""
         self._transport = transport
-        self._acked_before = downlink.acked_bytes(transport)
 
     def used_tokens(self) -> int | None:
         """Prompt and answer together, for the limits; None: nobody knows. An upstream that failed or refused
@@ -179,12 +179,13 @@ class Context:
     def _progress(self, now: float) -> dict[str, Any]:
         if self._transport is None:  # nothing has been sent
             return {"bytes_out": 0, "idle_s": round(now - self.started_at, 3), "buffered_bytes": 0}
-        seen = None if self._acked_before is None else downlink.look(self._transport)
-        if seen is None or self._acked_before is None:
+        seen = downlink.look(self._transport)
+        if seen is None:
             return {"bytes_out": None, "idle_s": None, "buffered_bytes": None}
+        written = self.bytes_out if self.pipe is None else self.pipe.size
         idle_s = min(seen.idle_s, now - self.started_at)  # what was sent before was another request's
         return {
-            "bytes_out": seen.acked_bytes - self._acked_before,
+            "bytes_out": max(0, written - seen.waiting_bytes),
             "idle_s": round(idle_s, 3),
             "buffered_bytes": seen.waiting_bytes,
         }
@@ -192,7 +193,7 @@ class Context:
     def end(self, now: float) -> None:
         """Nobody may stop it any more: its answer, or nothing, is on the way."""
         self.ended_at = now
-        self.task = None
+        self.task = self.pipe = None  # a pipe knows its context: they would wait for a collection
 
     def stop(self, reason: Reason) -> None:
         """Ends the request from outside (drain, kill). The task sees a cancellation that carries a reason;

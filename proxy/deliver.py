@@ -206,7 +206,10 @@ class Delivery:
             head = ready.rendered(request, ctx, exchange, own)
         if head is not None:
             ctx.goes_out_by(request.transport)
-            self._response, ctx.status = ready.Begun(request, head), exchange.status
+            # What pushes and has something begins with that, and a pipe that reshapes may keep it.
+            with_first = exchange.pushes and self.reshape is None and bool(exchange.look()[0])
+            ctx.status = exchange.status
+            self._response = ready.Begun(request, head, with_first=with_first)
             return
         fields = ready.multidict_of(ctx, exchange, own)
         fields["Content-Type"] = content_type or fields["Content-Type"]
@@ -293,7 +296,7 @@ class Delivery:
 
     async def _pipe(self, exchange: Exchange, tap: Tap, first: bytes = b"") -> web.StreamResponse:
         ctx = self._ctx
-        self._pipe_now = pipe = await self._pipe_for(exchange, tap)
+        self._pipe_now = ctx.pipe = pipe = await self._pipe_for(exchange, tap)
         exchange.fields = ()  # read, and a KiB for as long as the stream lives
         ctx.committed = True
         try:
@@ -332,6 +335,9 @@ class Delivery:
             pipe = Pipe(*parts)
         if tap.scanner is None and tap.feed is not None:
             pipe.listen(tap.feed)
+        if isinstance(response, ready.Begun) and response.head:
+            pipe.begin_with(response.head)
+            response.head = b""
         return pipe
 
     async def _run(self, pipe: Pipe, exchange: Exchange, first: bytes) -> None:
@@ -368,10 +374,13 @@ class Delivery:
 
     async def _finish(self, rest: bytes) -> web.StreamResponse:
         """The end of the body; a caller that does not take it any more has left."""
-        assert self._response is not None
+        response = self._response
+        assert response is not None
         try:
+            if isinstance(response, ready.Begun) and response.ended(rest):
+                return response  # nearly always; a timeout alone takes 13 us
             async with asyncio.timeout(self._write_s):
-                await self._response.write_eof(rest)
+                await response.write_eof(rest)
         except TimeoutError:
             self._ctx.reason = Reason.CLIENT_GONE
             return await self._abort()
@@ -379,7 +388,7 @@ class Delivery:
             if rest:
                 self._ctx.reason = Reason.CLIENT_GONE
             raise
-        return self._response
+        return response
 
     async def break_off(self, error: HeadraceError) -> web.StreamResponse:
         """The error event in the route's dialect if the stream is between two events, then the abort:

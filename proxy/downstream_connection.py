@@ -23,7 +23,7 @@ from aiohttp.web_protocol import _PAYLOAD_ACCESS_ERROR, ERROR, RequestHandler, _
 
 from proxy import headers
 from proxy.errors import Dialect, HeadraceError, Overloaded, Refused
-from proxy.ready import Ready
+from proxy.ready import Begun, Ready
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -182,7 +182,7 @@ class Connection(RequestHandler):
             else:
                 self._current_request = None
                 # The usual answer: aiohttp's way took 2 % of a short request, and adds nothing to it.
-                if isinstance(response, Ready) and response.sent(request):
+                if isinstance(response, (Ready, Begun)) and response.sent(request):
                     self._keepalive = True
                     if self._paused:
                         await self._drain_helper()

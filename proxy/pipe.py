@@ -222,6 +222,16 @@ class Pipe:
         await self._write_patiently(data)
         self._missed = False
 
+    def begin_with(self, head: bytes) -> None:
+        """The first write takes it along. There has to be one before this turn of the loop ends."""
+        write = self._write
+
+        def first(data: bytes) -> None:
+            self._write = write
+            write(head + data)
+
+        self._write = first
+
     def listen(self, feed: Callable[[bytes], object]) -> None:
         """For an answer that is no event stream: who hears its reads."""
         self._scan = feed

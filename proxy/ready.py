@@ -16,6 +16,7 @@ from aiohttp.helpers import rfc822_formatted_time
 from multidict import CIMultiDict
 
 from proxy import headers
+from proxy.chunked import LAST_CHUNK, framed
 
 if TYPE_CHECKING:
     import asyncio
@@ -149,16 +150,26 @@ class Ready(web.StreamResponse):
 
 
 class Begun(web.StreamResponse):
-    """An event stream whose head, rendered here, has been sent; its chunks go through aiohttp's writer, or
-    past it. Raises ConnectionResetError if the caller has closed."""
+    """An event stream whose head is rendered here; its chunks go past aiohttp's writer, or through it.
 
-    def __init__(self, request: web.BaseRequest, head: bytes) -> None:
+    head: what is still to be sent of it, before anything else. Raises ConnectionResetError if the caller has
+    closed.
+    """
+
+    def __init__(self, request: web.BaseRequest, head: bytes, *, with_first: bool) -> None:
+        """with_first: whoever writes the first bytes sends the head with them, in this very turn of the loop
+        (a write of its own takes 17 us)."""
         super().__init__()
         self.enable_chunked_encoding()
+        self._transport = _open_transport(request)
         self._way_out = writer = request.writer
-        _open_transport(request).write(head)
+        self._ended = False
+        self.head = head
         writer.enable_chunking()
         writer.output_size += len(head)  # something has been sent: no other answer may follow
+        if not with_first:
+            self.head = b""
+            self._transport.write(head)
 
     @property
     def keep_alive(self) -> bool | None:
@@ -170,8 +181,22 @@ class Begun(web.StreamResponse):
     def write(self, data: bytes | bytearray | memoryview) -> Coroutine[Any, Any, None]:
         return self._way_out.write(data)
 
+    def ended(self, rest: bytes) -> bool:
+        """Sends what is left and the end. False: the caller is behind; `write_eof` waits for it."""
+        if self._transport.is_closing():
+            raise ConnectionResetError
+        self._ended = True
+        self._transport.write((framed(rest) if rest else b"") + LAST_CHUNK)
+        return not self._transport.get_write_buffer_size()
+
+    def sent(self, _request: web.BaseRequest) -> bool:
+        """Is nothing left to do for aiohttp?"""
+        return self._ended
+
     async def write_eof(self, data: bytes = b"") -> None:
-        await self._way_out.write_eof(data)
+        if not self._ended:
+            self.ended(data)
+        await self._way_out.drain()
 
 
 def _open_transport(request: web.BaseRequest) -> asyncio.Transport:

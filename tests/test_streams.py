@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -259,6 +260,19 @@ async def test_no_lump(way: Way) -> None:
         line = await it.ended("complete")
         assert line["chunks"] == 51
         assert line["bytes_out"] == len(answer.body)
+
+
+async def test_the_first_event_comes_with_the_head() -> None:
+    """Pushed, they are one write: one segment, says the caller's kernel (tcpi_data_segs_in, linux/tcp.h)."""
+    it_comes = lab(plays(HEAD + chunk(A), hold), Way(push=True))
+    async with it_comes as it, await Caller.connect(it.port) as caller:
+        await caller.send(chat())
+        answer = await caller.head()
+        assert await caller.piece(answer) == A
+        info = caller.writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160)
+        assert struct.unpack_from("=I", info, 152) == (1,)
+        caller.reset()
+        await it.ended("client_gone")
 
 
 @both
