@@ -139,7 +139,12 @@ async def test_somebody_is_there(push: bool, status: int) -> None:
 )
 async def test_nobody_is_there(fault: str, why: str) -> None:
     """Every way of not answering, told by its kind; nothing of it reaches the breaker."""
-    settings: dict[str, Any] = {"probe": PROBE, "timeouts": {"connect": 0.15}, "breaker": {"failures": 1}}
+    connect_s = 0.15 if fault == "slow name" else 5.0
+    settings: dict[str, Any] = {
+        "probe": PROBE,
+        "timeouts": {"connect": connect_s},
+        "breaker": {"failures": 1},
+    }
     names = Names()
 
     async def script(call: Call) -> None:
