@@ -139,7 +139,7 @@ async def test_somebody_is_there(push: bool, status: int) -> None:
 )
 async def test_nobody_is_there(fault: str, why: str) -> None:
     """Every way of not answering, told by its kind; nothing of it reaches the breaker."""
-    connect_s = 0.15 if fault == "slow name" else 5.0
+    connect_s = 0.15 if fault in ("silence", "slow name") else 5.0
     settings: dict[str, Any] = {
         "probe": PROBE,
         "timeouts": {"connect": connect_s},
