@@ -31,7 +31,7 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 from bench import machine, marked, report, targets
-from bench.micro_tap import CHUNKS, STREAM_KINDS, STREAMS, ask_all, best, feed_all
+from bench.micro_tap import CHUNKS, STREAM_KINDS, STREAMS, Nowhere, ask_all, best, pass_all
 from proxy import __version__, config, endpoints, identity, key_commands, log
 from proxy.admission import Admission, Reservation
 from proxy.authenticator import Authenticator
@@ -302,28 +302,16 @@ async def price_of_cors(settings: config.Config, times: int) -> Price:
     return Price("CORS: a page's origin", await each(one, times) - await each(without, times))
 
 
-def prices_of_tap() -> list[Price]:
+async def prices_of_tap() -> list[Price]:
     chunk = STREAM_KINDS["no usage in the chunks"]
     reads = 200 * 322
-    watching = best(feed_all(BlindScanner, chunk)) / reads * 1e6
-    tapped = best(feed_all(Scanner, chunk)) / reads * 1e6
+    blind, watching, tapped = [
+        await pass_all(kind, chunk) / reads * 1e6 for kind in (None, BlindScanner, Scanner)
+    ]
     return [
-        Price("where a stream stands: event boundary, end", chunk=watching),
+        Price("where a stream stands: event boundary, end", chunk=watching - blind),
         Price("tap: the usage of a stream", stream=ask_all(chunk), chunk=max(0.0, tapped - watching)),
     ]
-
-
-class _Nowhere:
-    """A transport that takes everything, and the writer and the answer above it."""
-
-    chunked = True
-
-    def set_write_buffer_limits(self, high: int) -> None: ...
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def write(self, data: bytes) -> None: ...
 
 
 async def price_of_verification(settings: config.Config) -> Price:
@@ -331,7 +319,7 @@ async def price_of_verification(settings: config.Config) -> Price:
     chunk = STREAM_KINDS["no usage in the chunks"]
     core = make_core(settings, SimpleNamespace(), _NoRows())  # type: ignore[arg-type]  # a part of it is enough
     ctx = make_request(core)[CONTEXT]
-    way = _Nowhere()
+    way = Nowhere()
     parts: Any = (ctx, SimpleNamespace(transport=way), way, way, None, Clocks(1.0, 1.0, 1.0, 1.0, [0.0] * 22))
     plain, verified = Pipe(*parts), VerifiedPipe(core.metrics, *parts)
 
@@ -411,7 +399,7 @@ async def prices(times: int) -> AsyncIterator[Price]:
                 yield await price_of_limits(settings(redis.url), max(100, times // 5), redis)
         for price in await prices_of_records(usual, folder, times):
             yield price
-        for price in prices_of_tap():
+        for price in await prices_of_tap():
             yield price
         yield await price_of_verification(usual)
         yield await price_of_timer(times)
